@@ -1,0 +1,1 @@
+"""moepipe: mathematics in plain PyTorch."""

@@ -1,0 +1,1 @@
+"""One file per test-time adaptation method; the listing is the catalogue."""

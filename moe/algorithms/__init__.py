@@ -1,0 +1,1 @@
+"""One file per algorithm; the listing of this folder is the catalogue."""

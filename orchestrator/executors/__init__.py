@@ -1,0 +1,1 @@
+"""Where members run: inline or on Ray."""

@@ -1,0 +1,100 @@
+"""The stage contract. One stage is one file ``orchestrator/stages/<kind>.py`` with a class ``Stage``.
+
+A stage module imports neither torch nor ray at module level, so that ``validate`` and ``plan`` stay instant; heavy
+imports happen inside :meth:`StageBase.run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from moe.registry import Registry
+from workers.context import Context
+
+STAGES = Registry("orchestrator.stages", noun="stage kind", entry_point="moepipe.stages")
+
+
+class StageConfig(BaseModel):
+    """Base of every stage's ``config:`` block: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+C = TypeVar("C", bound=StageConfig)
+
+
+@dataclass(frozen=True)
+class Port:
+    """A declared input.
+
+    Attributes:
+        kind: artifact kind it accepts (``data``, ``model``, ``features``, ``metrics``, ...).
+        many: several artifacts may arrive (a fan-out), in member order; otherwise exactly one.
+        optional: may be left out of the YAML.
+        doc: one line for ``moepipe explain``.
+    """
+
+    kind: str
+    many: bool = False
+    optional: bool = False
+    doc: str = ""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One unit of a stage's fan-out.
+
+    Attributes:
+        name: stable, e.g. ``group=2`` (empty for the only one); the seed is put before it by the graph.
+        params: JSON values that ``run`` needs and that enter the cache key.
+        weight: relative cost, for longest-first order.
+    """
+
+    name: str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+
+
+class StageBase(Generic[C]):
+    """Base class of the stages.
+
+    Class attributes:
+        version: bump when the meaning of the output changes.
+        output: artifact kind it makes.
+        inputs: ports by name.
+        per_seed: members are made for every seed of the pipeline (True), or one set over all seeds (False), whose
+            inputs then gather the members of all seeds.
+        gang: ``run`` calls ``context.train``.
+        Config: the pydantic model of the ``config:`` block.
+    """
+
+    version: ClassVar[int] = 1
+    output: ClassVar[str]
+    inputs: ClassVar[Mapping[str, Port]] = {}
+    per_seed: ClassVar[bool] = True
+    gang: ClassVar[bool] = False
+    Config: ClassVar[type[StageConfig]] = StageConfig
+
+    def members(self, config: C) -> list[Member]:
+        """The fan-out; one member by default."""
+        return [Member()]
+
+    def code(self, config: C) -> list[str]:
+        """Modules whose source decides the result besides this one's static import closure (registry choices)."""
+        return []
+
+    def external(self, config: C, data_root: str) -> Mapping[str, str]:
+        """Digests of what the stage reads from outside the store (data files), by name; they enter the cache key."""
+        return {}
+
+    def run(self, config: C, member: Member, context: Context) -> Mapping[str, Any]:
+        """Do the work: write files into ``context.output`` and return the artifact's small JSON ``meta``.
+
+        The files and ``meta`` must be a function of config, member, inputs and seed alone: no times, paths or host
+        names, so that an interrupted and resumed run gives the same digest.
+        """
+        raise TypeError(f"{type(self).__module__} does not define run().")

@@ -1,0 +1,1 @@
+"""Answering requests: inference, adaptation, domain states."""

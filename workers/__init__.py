@@ -1,0 +1,1 @@
+"""Running mathematics on a device: data, loops, engines, jobs, evaluation."""

@@ -1,0 +1,1 @@
+"""One file per data set; the listing of this folder is the catalogue."""

@@ -1,0 +1,1 @@
+"""Optimiser steps behind one protocol: plain torch and DeepSpeed."""
