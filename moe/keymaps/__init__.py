@@ -1,0 +1,1 @@
+"""Official checkpoint names and key maps, one file per method."""

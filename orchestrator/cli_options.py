@@ -1,0 +1,102 @@
+"""Options that several commands share, and what the shell completes for them. Light: no torch, ray or pydantic."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEFAULT_STORE = "./.moepipe"
+JSON_KEY = "moepipe.json"
+
+
+def _remember_json(context: typer.Context, value: bool) -> bool:
+    """Let the error handler know that the caller reads JSON."""
+    context.meta[JSON_KEY] = value
+    return value
+
+
+def complete_pipeline(incomplete: str) -> Iterator[str]:
+    """YAML files below ``pipelines/``, and paths that begin as typed."""
+    folder = Path(incomplete).parent if "/" in incomplete else Path()
+    found = {*Path("pipelines").glob("**/*.yaml"), *folder.glob("*.yaml")}
+    yield from sorted(str(path) for path in found if str(path).startswith(incomplete))
+
+
+def complete_run(incomplete: str) -> Iterator[str]:
+    """Run ids in the store of the environment (or the default one), newest first."""
+    folder = Path(os.environ.get("MOEPIPE_STORE", DEFAULT_STORE)) / "runs"
+    names = sorted((path.name for path in folder.glob("*") if path.is_dir()), reverse=True)
+    yield from (name for name in names if name.startswith(incomplete))
+
+
+def complete_kind(incomplete: str) -> Iterator[str]:
+    """Stage kinds."""
+    from orchestrator.stages.base import STAGES
+
+    yield from (name for name in STAGES.names() if name.startswith(incomplete))
+
+
+def complete_dataset(incomplete: str) -> Iterator[str]:
+    """Data set names."""
+    from workers.datasets.base import DATASETS
+
+    yield from (name for name in DATASETS.names() if name.startswith(incomplete))
+
+
+Pipeline = Annotated[
+    Path,
+    typer.Argument(metavar="PIPELINE", help="The pipeline's YAML file.", autocompletion=complete_pipeline),
+]
+RunId = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="Run id, a unique beginning of one, or 'last'.", autocompletion=complete_run),
+]
+Profile = Annotated[
+    str | None,
+    typer.Option("--profile", "-p", envvar="MOEPIPE_PROFILE", help="Name of a profile in the YAML, e.g. laptop."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="PATH=VALUE", help="Override one value of the YAML; may be repeated."),
+]
+Seeds = Annotated[
+    str | None,
+    typer.Option("--seeds", metavar="0,1,2", help="Override the pipeline's seeds."),
+]
+StoreUrl = Annotated[
+    str,
+    typer.Option("--store", envvar="MOEPIPE_STORE", help="Where artifacts and run records live (folder or URL)."),
+]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option("--data", envvar="MOEPIPE_DATA", help="Folder with prepared data sets.", show_default="STORE/data"),
+]
+On = Annotated[
+    str,
+    typer.Option("--on", metavar="WHERE", help="ray (own local cluster), inline (this process), or a cluster's address."),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON document on stdout.", callback=_remember_json),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; the result and errors only.")]
+
+
+def data_root(data: Path | None, store: str) -> Path:
+    """Folder with prepared data sets: the option, or ``data`` inside a local store, or ``./.moepipe/data``."""
+    if data is not None:
+        return data
+    local = store.removeprefix("file://")
+    return Path(DEFAULT_STORE if "://" in local else local) / "data"
+
+
+def all_overrides(overrides: list[str] | None, seeds: str | None) -> list[str]:
+    """The ``--set`` values, with ``--seeds`` as one of them."""
+    chosen = list(overrides or [])
+    if seeds is not None:
+        chosen.append(f"seeds=[{seeds}]")
+    return chosen

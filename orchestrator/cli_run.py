@@ -1,0 +1,188 @@
+"""Commands that run things: submit, plan, validate, resume, cancel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestrator import cli_options as opt
+
+if TYPE_CHECKING:
+    from orchestrator.loading import Loaded
+    from orchestrator.runs import Run
+    from orchestrator.store import Store
+
+
+def _load(pipeline: Path, profile: str | None, overrides: list[str] | None, seeds: str | None) -> Loaded:
+    from orchestrator import console
+    from orchestrator.loading import load
+
+    loaded = load(pipeline, profile, opt.all_overrides(overrides, seeds))
+    for warning in loaded.warnings:
+        console.note(f"warning: {warning}")
+    return loaded
+
+
+def submit(
+    pipeline: opt.Pipeline,
+    profile: opt.Profile = None,
+    overrides: opt.Overrides = None,
+    seeds: opt.Seeds = None,
+    on: opt.On = "ray",
+    store: opt.StoreUrl = opt.DEFAULT_STORE,
+    data: opt.DataRoot = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    quiet: opt.Quiet = False,
+    json: opt.Json = False,
+) -> None:
+    """Run a pipeline. What was done before is a hit and is not done again."""
+    if dry_run:
+        plan(pipeline, profile, overrides, seeds, on, store, data, json)
+        return
+    from orchestrator.runs import RunStore
+    from orchestrator.store import Store
+
+    loaded = _load(pipeline, profile, overrides, seeds)
+    place = Store.open(store)
+    options = {
+        "on": on,
+        "data": str(opt.data_root(data, store).absolute()),
+        "pipeline": str(pipeline),
+        "profile": profile,
+        "set": opt.all_overrides(overrides, seeds),
+    }
+    run = RunStore(place).create(loaded.spec, options=options)
+    _drive(run, place, on, opt.data_root(data, store), quiet, json)
+
+
+def _drive(run: Run, store: Store, on: str, data_root: Path, quiet: bool, json: bool) -> None:
+    """Run to the end and say what came out. Raises the first error when a member failed."""
+    from orchestrator import console, result
+    from orchestrator.graph import build_graph
+    from orchestrator.live import make_display
+    from orchestrator.plan import make_plan
+    from orchestrator.submit import drive, make_executor
+
+    graph = build_graph(run.spec())
+    plan = make_plan(graph, store, data_root=data_root)
+    run.save_plan(plan)
+    if not quiet:
+        todo = len(plan.entries) - plan.count("hit")
+        console.note(f"{run.id}: {len(plan.entries)} members, {plan.count('hit')} hits, {todo} to run (on {on})")
+    display = make_display(graph.nodes, quiet)
+    driven = drive(run, graph, store, make_executor(on, store), data_root, display)
+    error = result.failure(run, graph, driven)
+    if error is not None:
+        raise error
+    document = result.describe(run, graph, store, driven)
+    if json:
+        console.emit_json(console.finite(document))
+    else:
+        result.show(document, store)
+
+
+def plan(
+    pipeline: opt.Pipeline,
+    profile: opt.Profile = None,
+    overrides: opt.Overrides = None,
+    seeds: opt.Seeds = None,
+    on: opt.On = "ray",
+    store: opt.StoreUrl = opt.DEFAULT_STORE,
+    data: opt.DataRoot = None,
+    json: opt.Json = False,
+) -> None:
+    """Say what submit would do: hit or miss for each member and why, resources, time."""
+    from orchestrator import cli_plan, console
+    from orchestrator.plan import make_plan
+    from orchestrator.store import Store
+
+    loaded = _load(pipeline, profile, overrides, seeds)
+    place, root = Store.open(store), opt.data_root(data, store)
+    made = make_plan(loaded.graph, place, data_root=root, capacity=cli_plan.capacity_of(on, place))
+    if json:
+        console.emit_json(console.finite({"pipeline": loaded.spec.name, "on": on, **made.to_json()}))
+    else:
+        cli_plan.show(made)
+    made.require_feasible()
+
+
+def validate(
+    pipeline: opt.Pipeline,
+    profile: opt.Profile = None,
+    overrides: opt.Overrides = None,
+    seeds: opt.Seeds = None,
+    json: opt.Json = False,
+) -> None:
+    """Check a pipeline file: every error at once, with line and column. Runs nothing."""
+    from orchestrator import console
+    from orchestrator.loading import load
+
+    loaded = load(pipeline, profile, opt.all_overrides(overrides, seeds))
+    document: dict[str, Any] = {
+        "pipeline": loaded.spec.name,
+        "valid": True,
+        "files": [str(path) for path in loaded.files],
+        "profiles": list(loaded.profiles),
+        "stages": {name: len(view.nodes) for name, view in loaded.graph.stages.items()},
+        "members": len(loaded.graph.nodes),
+        "warnings": [warning.to_json() for warning in loaded.warnings],
+    }
+    if json:
+        console.emit_json(document)
+        return
+    for warning in loaded.warnings:
+        console.note(f"warning: {warning}")
+    stages = ", ".join(f"{name} ({count})" for name, count in document["stages"].items())
+    console.say(f"{pipeline}: ok. {document['members']} members in {len(loaded.graph.stages)} stages: {stages}")
+
+
+def resume(
+    run: opt.RunId = "latest",
+    on: Annotated[str | None, typer.Option("--on", metavar="WHERE", help="Where; by default as the run was started.")] = None,
+    store: opt.StoreUrl = opt.DEFAULT_STORE,
+    data: opt.DataRoot = None,
+    quiet: opt.Quiet = False,
+    json: opt.Json = False,
+) -> None:
+    """Continue a run: finished members are hits, others go on from their last checkpoint."""
+    from orchestrator import console
+    from orchestrator.runs import RunStore
+    from orchestrator.store import Store
+
+    place = Store.open(store)
+    runs = RunStore(place)
+    options = dict(runs.open(run).info.get("options") or {})
+    root = data or Path(options.get("data") or opt.data_root(None, store))
+    where = on or str(options.get("on") or "ray")
+    chosen = runs.resume(run, {**options, "on": where, "data": str(root.absolute())})
+    if chosen.origin and not quiet:
+        console.note(f"{chosen.origin} has ended; {chosen.id} continues it")
+    _drive(chosen, place, where, root, quiet, json)
+
+
+def cancel(
+    run: opt.RunId = "latest",
+    wait: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for it to stop.")] = 30.0,
+    store: opt.StoreUrl = opt.DEFAULT_STORE,
+    json: opt.Json = False,
+) -> None:
+    """Stop a running run at its members' next checkpoints."""
+    from moe.errors import SpecError
+    from orchestrator import console
+    from orchestrator.runs import RunStore
+    from orchestrator.store import Store
+    from orchestrator.submit import cancel as ask_to_stop
+
+    found = RunStore(Store.open(store)).open(run)
+    before = found.status
+    if before != "running":
+        raise SpecError(f"Run {found.id} is not running: it is {before}.", "Nothing was changed.")
+    after = ask_to_stop(found, wait)
+    if json:
+        console.emit_json({"run": found.id, "status": after})
+    elif after == "running":
+        console.say(f"{found.id} was asked to stop and is still working towards a checkpoint: moepipe status {found.id}")
+    else:
+        console.say(f"{found.id}: {after}. Continue it with: moepipe resume {found.id}")

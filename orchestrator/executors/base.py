@@ -1,0 +1,128 @@
+"""What an executor is: something that runs tasks and says what became of them. Small, after submitit."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from moe.errors import MoepipeError
+from orchestrator.capacity import Capacity
+from orchestrator.spec import Resources
+from orchestrator.store import Key
+
+Cause = Literal["user", "out_of_memory", "preemption", "infrastructure", "interrupted", "timeout"]
+SignalKind = Literal["started", "progress", "metrics", "log", "finished", "failed"]
+
+
+@dataclass(frozen=True)
+class InputRef:
+    """An arriving artifact by name: what a process needs to open it from the store."""
+
+    member: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that a process, here or on another machine, needs to run one member. Plain data, pickles.
+
+    Attributes:
+        node: id of the node.
+        kind: stage kind.
+        module: dotted module with the class ``Stage``.
+        config: the stage's config as JSON.
+        member: name of the member without seed.
+        params: its parameters.
+        member_path: name within the stage including the seed, e.g. ``seed=0/group=2``.
+        output: artifact kind.
+        seed: of the context.
+        key: cache key under which the result is committed.
+        inputs: port -> artifacts.
+        left_out: port -> members that failed and were tolerated by ``min_success``.
+        resources: what a rank takes.
+        gang: the stage calls ``context.train``.
+        store: URL of the store; ``cache`` its local folder.
+        run: run id.
+        log: path of the member's log.
+        data_root: folder with prepared data sets.
+        attempt: 1 for the first.
+    """
+
+    node: str
+    kind: str
+    module: str
+    config: Mapping[str, Any]
+    member: str
+    params: Mapping[str, Any]
+    member_path: str
+    output: str
+    seed: int
+    key: Key
+    inputs: Mapping[str, tuple[InputRef, ...]]
+    left_out: Mapping[str, tuple[str, ...]]
+    resources: Resources
+    gang: bool
+    store: str
+    cache: str
+    run: str
+    log: str
+    data_root: str
+    attempt: int = 1
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What an executor says about a node.
+
+    Attributes:
+        node: which.
+        kind: ``started`` | ``progress`` | ``metrics`` | ``log`` | ``finished`` (data: digest, seconds, reused) |
+            ``failed`` (cause, error).
+        data: plain JSON.
+        cause: of a failure.
+        error: of a failure.
+    """
+
+    node: str
+    kind: SignalKind
+    data: Mapping[str, Any] = field(default_factory=dict)
+    cause: Cause | None = None
+    error: MoepipeError | None = None
+
+
+Deliver = Callable[[Signal], None]
+
+
+class Executor(Protocol):
+    """Runs tasks. Used by one thread."""
+
+    def attach(self, stop: threading.Event) -> None:
+        """Called once before the first task, with the event that asks for a graceful stop."""
+        ...
+
+    def capacity(self) -> Capacity | None:
+        """What there is to give out; None when resources are not counted. Asked again after failures of machines."""
+        ...
+
+    def slots(self) -> int | None:
+        """Tasks it takes at once besides the resources; None for no such limit."""
+        ...
+
+    def start(self, task: Task) -> None:
+        """Begin a task. Returns at once; what happens is delivered by :meth:`poll`."""
+        ...
+
+    def poll(self, timeout: float, deliver: Deliver) -> None:
+        """Deliver what happened since the last call; waits at most ``timeout`` seconds for something to happen."""
+        ...
+
+    def cancel(self, node: str, kill: bool = False) -> None:
+        """Ask a task to stop at its next checkpoint, or (``kill``) end its process now; it is then reported failed."""
+        ...
+
+    def close(self) -> None:
+        """End everything that is still running and free what was started."""
+        ...

@@ -1,0 +1,344 @@
+"""Runs members as Ray actors: an embedded Ray on this machine by default, or an existing cluster by its address.
+
+An actor holds one shape of resources and is used again for members of that shape, so that a fan-out pays for imports
+once per slot. A gang's member runs in an actor that holds nothing, and its ranks are a Ray Train job.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe.errors import EnvironmentProblem, InfeasibleError, RunFailed
+from orchestrator.artifacts import quiet_remove
+from orchestrator.capacity import Amounts, Capacity, machine_capacity, rank_demand
+from orchestrator.executors.base import Deliver, Signal, Task
+from orchestrator.executors.ray_env import prepare_environment, remove_dead_sessions
+from orchestrator.spec import Resources
+
+OBJECT_STORE_BYTES = 256 * 2**20
+PENDING_S = 300.0
+_HIDDEN = ("node:", "object_store_memory", "accelerator_type:")
+
+
+@dataclass
+class _Runner:
+    """An actor of the pool. ``holds``: what it takes from Ray as long as it lives."""
+
+    actor: Any
+    holds: Amounts
+
+
+@dataclass
+class _Job:
+    """A task that is running. ``demand``: what it takes in all."""
+
+    task: Task
+    runner: _Runner
+    ref: Any
+    demand: Amounts
+    since: float
+    seen: bool = False
+
+
+class RayExecutor:
+    """See :class:`orchestrator.executors.base.Executor`.
+
+    Args:
+        address: None: an embedded Ray, or the one that this process is connected to already. Otherwise ``auto``,
+            ``host:port`` or ``ray://host:port``; the cluster must have moepipe installed and see the store's folder.
+        num_cpus: cores of the embedded Ray; default all that this process may use.
+        preload: modules that the embedded Ray's workers import ahead.
+        restarts: how often the embedded Ray is started again after it died.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        num_cpus: float | None = None,
+        preload: tuple[str, ...] = ("torch",),
+        restarts: int = 5,
+    ) -> None:
+        self._address = address
+        self._num_cpus = num_cpus
+        self._preload = preload
+        self._restarts = restarts
+        self._owned = False
+        self._started = False
+        self._processes: list[Any] = []
+        self._sink: Any = None
+        self._idle: list[_Runner] = []
+        self._jobs: dict[str, _Job] = {}
+
+    # ---- the connection --------------------------------------------------------------------------------------------
+
+    def attach(self, stop: threading.Event) -> None:
+        """See :class:`orchestrator.executors.base.Executor`. Ray starts with the first task that is not a hit."""
+
+    def capacity(self) -> Capacity | None:
+        """Of the cluster; of this machine while the embedded Ray has not been started."""
+        if not self._started and self._address is None and not _connected():
+            return machine_capacity(self._num_cpus)
+        self._connect()
+        import ray
+
+        machines = []
+        for node in ray.nodes():
+            if node["Alive"]:
+                machines.append(_amounts(node["Resources"]))
+        return Capacity(tuple(machines))
+
+    def slots(self) -> int | None:
+        """See :class:`orchestrator.executors.base.Executor`."""
+        return None
+
+    def _connect(self) -> None:
+        if self._started:
+            return
+        folder = prepare_environment(self._preload)
+        import ray
+
+        if not ray.is_initialized():
+            try:
+                if self._address is None:
+                    remove_dead_sessions(folder)
+                    self._start_embedded(folder)
+                else:
+                    ray.init(address=self._address, log_to_driver=False, logging_level="ERROR")
+                    self._owned = True
+            except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
+                what = "An embedded Ray could not be started" if self._address is None else f"No Ray at {self._address}"
+                raise EnvironmentProblem(f"{what}: {str(error).splitlines()[0]}.", "`moepipe doctor` checks it.") from None
+        from orchestrator.executors.ray_actors import RemoteSink
+
+        self._sink = RemoteSink.remote()  # type: ignore[attr-defined]
+        self._started = True
+
+    def _start_embedded(self, folder: Path) -> None:
+        import ray
+
+        capacity = machine_capacity(self._num_cpus).machines[0]
+        ray.init(
+            address="local",
+            num_cpus=int(capacity["cpus"]) or 1,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=OBJECT_STORE_BYTES,
+            _memory=int(capacity["memory_gb"] * 1e9),
+            _temp_dir=str(folder),
+        )
+        self._owned = True
+        node = ray._private.worker._global_node
+        for kind in ("raylet", "gcs_server"):
+            self._processes += [info.process for info in node.all_processes.get(kind, [])]
+
+    def _dead(self) -> bool:
+        """Whether the embedded Ray's own processes are gone. Ray itself notices only after some 15 s."""
+        return any(process.poll() is not None for process in self._processes)
+
+    def _recover(self, deliver: Deliver) -> None:
+        """Report what was running as lost, and forget the dead Ray; the next task starts a new one."""
+        import ray
+
+        jobs, self._jobs, self._idle, self._sink = list(self._jobs.values()), {}, [], None
+        self._processes, self._started = [], False
+        ray.shutdown()
+        if self._restarts == 0:
+            raise EnvironmentProblem(
+                "The embedded Ray died again and again.", "Look at its memory use (`moepipe doctor`), then `moepipe resume`."
+            )
+        self._restarts -= 1
+        for job in jobs:
+            error = RunFailed(f"{job.task.node}: the embedded Ray died (its raylet was killed) and is started again.")
+            deliver(Signal(job.task.node, "failed", {}, "infrastructure", error))
+
+    # ---- tasks -----------------------------------------------------------------------------------------------------
+
+    def start(self, task: Task) -> None:
+        """See :class:`orchestrator.executors.base.Executor`."""
+        self._connect()
+        flag = _flag(task)
+        quiet_remove(flag)
+        demand = {name: amount * task.resources.workers for name, amount in rank_demand(task.resources).items()}
+        holds = {} if task.gang else demand
+        runner = next((idle for idle in self._idle if idle.holds == holds), None)
+        if runner is not None and (not task.gang or not demand):
+            self._idle.remove(runner)
+        else:
+            if runner is not None:
+                self._idle.remove(runner)
+            self._make_room(demand)
+            runner = runner or _Runner(self._new_actor(task.resources if not task.gang else None), holds)
+        ref = runner.actor.run.remote(task, self._sink)
+        self._jobs[task.node] = _Job(task, runner, ref, demand, time.monotonic())
+
+    def _new_actor(self, resources: Resources | None) -> Any:
+        from orchestrator.executors.ray_actors import RemoteRunner
+
+        paths = [os.path.abspath(path or os.curdir) for path in sys.path] if self._address is None else []
+        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0}
+        if resources is not None:
+            options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "resources": dict(resources.custom)}
+            if resources.memory_gb:
+                options["memory"] = int(resources.memory_gb * 1e9)
+        return RemoteRunner.options(**options).remote(paths)  # type: ignore[attr-defined]
+
+    def _make_room(self, demand: Mapping[str, float]) -> None:
+        """End idle actors of other shapes that hold what a new actor or gang needs."""
+        capacity = self.capacity()
+        total = capacity.total if capacity else {}
+        alone = capacity is not None and len(capacity.machines) == 1
+        for runner in [idle for idle in self._idle if set(idle.holds) & set(demand)]:
+            held = [job.demand for job in self._jobs.values()] + [idle.holds for idle in self._idle]
+            short = any(
+                sum(amounts.get(name, 0.0) for amounts in held) + amount > total.get(name, 0.0) + 1e-9
+                for name, amount in demand.items()
+            )
+            # Over several machines the sum says nothing about where there is room.
+            if short or not alone:
+                self._idle.remove(runner)
+                self._end_actor(runner)
+
+    def _end_actor(self, runner: _Runner) -> None:
+        import ray
+
+        with suppress(ray.exceptions.RayError):
+            ray.kill(runner.actor)
+
+    def cancel(self, node: str, kill: bool = False) -> None:
+        """See :class:`orchestrator.executors.base.Executor`. The flag lies beside the member's scratch folder."""
+        job = self._jobs.get(node)
+        if job is None:
+            return
+        if kill:
+            self._end_actor(job.runner)
+        else:
+            flag = _flag(job.task)
+            flag.parent.mkdir(parents=True, exist_ok=True)
+            flag.touch()
+
+    # ---- what comes back -------------------------------------------------------------------------------------------
+
+    def poll(self, timeout: float, deliver: Deliver) -> None:
+        """See :class:`orchestrator.executors.base.Executor`."""
+        if self._processes and self._dead():
+            self._recover(deliver)
+            return
+        if not self._jobs:
+            time.sleep(timeout)
+            return
+        import ray
+
+        refs = {job.ref: job for job in self._jobs.values()}
+        ready, _ = ray.wait(list(refs), num_returns=1, timeout=timeout)
+        if ready and len(refs) > 1:
+            ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0)
+        if self._processes and self._dead():
+            self._recover(deliver)
+            return
+        self._drain(deliver)
+        for ref in ready:
+            job = refs[ref]
+            del self._jobs[job.task.node]
+            deliver(self._collect(job))
+        self._watch_pending(deliver)
+
+    def _drain(self, deliver: Deliver) -> None:
+        import ray
+
+        try:
+            signals = ray.get(self._sink.drain.remote(), timeout=10)
+        except ray.exceptions.RayError:
+            return  # the sink is being restarted; only words are lost
+        for signal in signals:
+            job = self._jobs.get(signal.node)
+            if job is not None:
+                job.seen = True
+            deliver(signal)
+
+    def _collect(self, job: _Job) -> Signal:
+        """The result of a task whose reference is ready."""
+        import ray
+
+        from orchestrator.executors.ray_actors import ray_cause
+
+        try:
+            signal: Signal = ray.get(job.ref)
+        except ray.exceptions.RayError as error:
+            cause = ray_cause(error)
+            what = {"out_of_memory": "ran out of memory", "preemption": "was preempted"}.get(cause, "died")
+            said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            self._end_actor(job.runner)
+            return Signal(
+                job.task.node,
+                "failed",
+                {},
+                cause,
+                RunFailed(f"{job.task.node}: its worker process {what} ({said})", f"Its log is {job.task.log}."),
+            )
+        if signal.kind == "finished":
+            self._idle.append(job.runner)
+        else:
+            self._end_actor(job.runner)  # whatever state the failure left behind goes with it
+        return signal
+
+    def _watch_pending(self, deliver: Deliver) -> None:
+        """A task that finds no place for long is an error that names what it asks for, not a silent wait."""
+        now = time.monotonic()
+        for job in list(self._jobs.values()):
+            if not job.seen and now - job.since > PENDING_S:
+                del self._jobs[job.task.node]
+                self._end_actor(job.runner)
+                asked = ", ".join(f"{amount:g} {name}" for name, amount in job.demand.items())
+                error = InfeasibleError(
+                    f"{job.task.node} found no place for {PENDING_S:g} s; it asks for {asked or 'nothing'}.",
+                    "Look at what else runs on the cluster (`ray status`), or lower the stage's resources.",
+                )
+                deliver(Signal(job.task.node, "failed", {}, "user", error))
+
+    def close(self) -> None:
+        """See :class:`orchestrator.executors.base.Executor`. A Ray that was there before stays."""
+        if not self._started:
+            return
+        import ray
+
+        for job in self._jobs.values():
+            self._end_actor(job.runner)
+        for runner in self._idle:
+            self._end_actor(runner)
+        with suppress(ray.exceptions.RayError):
+            ray.kill(self._sink)
+        self._jobs, self._idle, self._started, self._processes = {}, [], False, []
+        if self._owned:
+            ray.shutdown()
+            self._owned = False
+
+
+def _connected() -> bool:
+    """Whether this process has joined a Ray; without importing it."""
+    ray: Any = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def _flag(task: Task) -> Path:
+    return Path(task.cache) / "scratch" / f"{task.key.digest}.stop"
+
+
+def _amounts(resources: Mapping[str, float]) -> Amounts:
+    """Ray's names -> ours."""
+    names = {"CPU": "cpus", "GPU": "gpus"}
+    amounts: Amounts = {"cpus": 0.0, "gpus": 0.0}
+    for name, amount in resources.items():
+        if name == "memory":
+            amounts["memory_gb"] = amount / 1e9
+        elif not name.startswith(_HIDDEN):
+            amounts[names.get(name, name)] = float(amount)
+    return amounts

@@ -1,0 +1,1 @@
+"""Replay of golden vectors: ``python -m tests.golden DIR [DIR ...]``."""

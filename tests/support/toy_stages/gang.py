@@ -1,0 +1,41 @@
+"""Runs a function through ``context.train``: rank 0 writes a number into scratch, the member moves it to its output."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from orchestrator.stages.base import Member, StageBase, StageConfig
+from tests.support.toy_stages._files import save, write_value
+from workers.context import Context
+
+
+class GangConfig(StageConfig):
+    """What the ranks compute."""
+
+    value: int = Field(1, description="The number.")
+
+
+def job(config: dict[str, Any]) -> None:
+    """The function of every rank."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        save(Path(config["path"]), {"value": config["value"] + 1})
+
+
+class Stage(StageBase[GangConfig]):
+    """A gang of ranks."""
+
+    output = "number"
+    gang = True
+    Config = GangConfig
+
+    def run(self, config: GangConfig, member: Member, context: Context) -> Mapping[str, Any]:
+        """Train, then read what rank 0 left."""
+        path = context.scratch / "gang.json"
+        context.train(job, {"path": str(path), "value": config.value})
+        return write_value(context.output, int(json.loads(path.read_text())["value"]))

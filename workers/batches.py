@@ -1,0 +1,133 @@
+"""Rows to device tensors: decoding in threads, one or two batches ahead of the step that needs them.
+
+A batch is a function of the step. The prefetcher only computes it early, so the order in which threads finish has no
+effect on results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from workers.datasets.base import Images, IntArray
+from workers.transforms import Transform
+
+T = TypeVar("T")
+
+DECODED_BYTES = 1 << 30
+"""Decoded images kept in memory by one reader; small sets are decoded once, large ones in part."""
+
+
+class ImageReader:
+    """Transformed images by row.
+
+    Sets that already live in memory as one uint8 array (``images.array``) are read in one slice; others are decoded by
+    ``threads`` threads and kept up to ``budget`` bytes.
+
+    Args:
+        images: the data set's images.
+        transform: applied to every batch.
+        threads: decoding threads; 0 decodes in the calling thread.
+        budget: bytes of decoded images to keep.
+    """
+
+    def __init__(self, images: Images, transform: Transform, threads: int = 0, budget: int = DECODED_BYTES) -> None:
+        self.transform = transform
+        self._images = images
+        self._array: NDArray[np.uint8] | None = getattr(images, "array", None)
+        self._decoded: dict[int, NDArray[np.generic]] = {}
+        self._room = budget
+        self._pool = ThreadPoolExecutor(threads, "decode") if threads > 0 and self._array is None else None
+        self._fixed = [transform.fixed(v) for v in range(transform.variants)] if transform.variants > 1 else []
+
+    def read(self, rows: IntArray, variants: IntArray | None = None) -> torch.Tensor:
+        """Images of ``rows``, float32 ``[B, C, H, W]`` on the CPU.
+
+        Args:
+            rows: row numbers of the data set, ``[B]``.
+            variants: which variant of a random transform each image gets, ``[B]``; None only where it has just one.
+
+        Raises:
+            DataError: an image is corrupt or missing (named).
+        """
+        # A dimension of size 1 may carry any stride, and convolutions choose their kernel (and so the last bit) by strides.
+        images = self._transformed(rows, variants)
+        return images.reshape(-1).view(images.shape)
+
+    def _transformed(self, rows: IntArray, variants: IntArray | None) -> torch.Tensor:
+        raw = self._raw(rows)
+        if variants is None or not self._fixed:
+            return self.transform.batch(raw)
+        out: torch.Tensor | None = None
+        for variant in np.unique(variants):
+            places = np.flatnonzero(variants == variant)
+            part = self._fixed[int(variant)].batch([raw[int(place)] for place in places])
+            out = part.new_empty((len(rows), *part.shape[1:])) if out is None else out
+            out[torch.from_numpy(places)] = part
+        return self.transform.batch(raw) if out is None else out
+
+    def draw(self, count: int, rng: np.random.Generator) -> IntArray | None:
+        """One variant per image from ``rng``, ``[count]``; None when the transform has just one."""
+        return rng.integers(self.transform.variants, size=count) if self.transform.variants > 1 else None
+
+    def close(self) -> None:
+        """End the decoding threads."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _raw(self, rows: IntArray) -> NDArray[np.generic] | list[NDArray[np.generic]]:
+        if self._array is not None:
+            return self._array[rows]
+        if self._pool is None:
+            return [self._one(int(row)) for row in rows]
+        return list(self._pool.map(self._one, (int(row) for row in rows)))
+
+    def _one(self, row: int) -> NDArray[np.generic]:
+        image = self._decoded.get(row)
+        if image is None:
+            image = np.asarray(self._images[row])
+            if image.nbytes <= self._room:  # threads may overshoot by one image each, which does not matter
+                self._room -= image.nbytes
+                self._decoded[row] = image
+        return image
+
+
+class Prefetcher(Generic[T]):
+    """Calls ``make(step)`` in a background thread for the next steps.
+
+    Args:
+        make: the batch of a step; must not depend on earlier calls.
+        steps: total number of steps; nothing is made beyond.
+        depth: how many steps ahead; 0 switches it off.
+    """
+
+    def __init__(self, make: Callable[[int], T], steps: int, depth: int = 2) -> None:
+        self._make, self._steps, self._depth = make, steps, depth
+        self._pool = ThreadPoolExecutor(1, "prefetch") if depth > 0 else None
+        self._pending: dict[int, Future[T]] = {}
+
+    def __call__(self, step: int) -> T:
+        """The batch of ``step``; errors of the background thread surface here."""
+        if self._pool is None:
+            return self._make(step)
+        for ahead in range(step, min(step + self._depth + 1, self._steps)):
+            if ahead not in self._pending:
+                self._pending[ahead] = self._pool.submit(self._make, ahead)
+        for stale in [known for known in self._pending if known < step]:
+            self._pending.pop(stale).cancel()
+        return self._pending.pop(step).result() if step in self._pending else self._make(step)
+
+    def close(self) -> None:
+        """End the thread; batches not asked for are dropped."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def chunks(rows: IntArray, size: int) -> Sequence[IntArray]:
+    """``rows`` in consecutive pieces of at most ``size``."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]

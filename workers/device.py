@@ -1,0 +1,56 @@
+"""Device, threads and determinism, decided once per process.
+
+Every training function calls :func:`setup` first; nothing else in ``workers`` touches global torch switches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moe.errors import EnvironmentProblem
+
+
+@dataclass(frozen=True)
+class DeviceChoice:
+    """What :func:`setup` decided.
+
+    Attributes:
+        device: where tensors and modules go.
+        threads: compute threads of this process.
+    """
+
+    device: torch.device
+    threads: int
+
+
+def setup(threads: int = 1, device: str = "auto", local_rank: int = 0) -> DeviceChoice:
+    """Fix device, number of threads and determinism for this process.
+
+    Args:
+        threads: compute threads, >= 1. The order of float additions depends on it, so it is part of cache keys.
+        device: ``auto`` (CUDA when there is one, else CPU), ``cpu``, ``cuda`` or ``cuda:N``.
+        local_rank: which GPU a rank of a gang takes under ``auto`` and ``cuda``.
+
+    Raises:
+        EnvironmentProblem: CUDA was asked for and is not there.
+    """
+    name = device
+    if device in ("auto", "cuda"):
+        if torch.cuda.is_available():
+            name = f"cuda:{local_rank % torch.cuda.device_count()}"
+        elif device == "auto":
+            name = "cpu"
+    chosen = torch.device(name)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentProblem(f"The device {device!r} was asked for, but no GPU is visible.", "Use 'auto' or 'cpu'.")
+    torch.set_num_threads(max(1, threads))
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    # TensorFloat-32 rounds the inputs of matrix products to 10 bits; fp32 must mean fp32.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    return DeviceChoice(device=chosen, threads=max(1, threads))

@@ -1,0 +1,401 @@
+"""DeepSpeed engine: ZeRO 0, 1 and 2, expert parallelism through ``deepspeed.moe``, state by plain parameter name.
+
+The only file that imports deepspeed. What it takes care of:
+
+- on a CPU nothing is compiled (:func:`start`), and a plain torch optimiser object is used;
+- every MoE block of the module is replaced by DeepSpeed's MoE layer in a class of the same interface
+  (:class:`ParallelMoEBlock`), with the switches that make it deterministic and equal to the plain block;
+- state is gathered to plain names (experts by global number, both Adam moments), because DeepSpeed's own checkpoints
+  cannot change the number of ranks of an MoE model; the plain export loads without DeepSpeed.
+
+Reference: DeepSpeed-MoE (arXiv 2201.05596), ZeRO (arXiv 1910.02054).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe.errors import CheckpointError, EnvironmentProblem, SpecError
+from moe.layers.block import MoEBlock, MoEOutput, deepspeed_names, hidden_width
+from moe.layers.experts import Expert
+from workers.engines.base import (
+    EngineState,
+    LossFunction,
+    OptimizerOptions,
+    ParamGroup,
+    autocast,
+    build_optimizer,
+    read_losses,
+    weighted,
+)
+from workers.engines.torch import load_strict, reduce_values, set_rates
+
+ZeroStage = Literal[0, 1, 2]
+
+
+@dataclass(frozen=True)
+class DeepSpeedOptions:
+    """What is specific to this engine.
+
+    Attributes:
+        zero_stage: 0 (plain data parallel), 1 (moments divided over ranks) or 2 (gradients as well). Stage 3 refuses
+            MoE layers in DeepSpeed itself.
+        ep_size: ranks that share the experts of an MoE block; divides the number of ranks and of experts.
+    """
+
+    zero_stage: ZeroStage = 1
+    ep_size: int = 1
+
+
+def available() -> str:
+    """Empty when DeepSpeed can be imported, else the reason why not."""
+    try:
+        _import()
+    except Exception as error:  # its import runs a lot of code of its own; any failure means "not here"
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def start(device: torch.device) -> Any:
+    """Import DeepSpeed and join the process group (made here when there is none); returns the package.
+
+    Raises:
+        EnvironmentProblem: the package cannot be imported.
+    """
+    try:
+        deepspeed = _import()
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"DeepSpeed cannot be imported: {error}.", "Install it, or set engine: torch."
+        ) from error
+    os.environ.setdefault("LOCAL_RANK", "0")  # Ray Train sets it; an inline run has one rank
+    if device.type == "cpu":
+        _switch_off_compiled_communication(deepspeed)
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+        else:
+            folder = Path(tempfile.mkdtemp(prefix="moepipe-"))
+            store = dist.FileStore(str(folder / "store"), 1)
+            dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=store, rank=0, world_size=1)
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+def _import() -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _switch_off_compiled_communication(deepspeed: Any) -> None:
+    """Keep ``init_distributed`` from compiling its shared-memory extension.
+
+    The compilation takes minutes, fails without ninja or g++, and waits without limit on a lock that all processes of a
+    user share. Gloo does the same work. The switch is an internal dictionary: a test fails when an upgrade removes it.
+    """
+    ops = getattr(deepspeed.ops, "__compatible_ops__", None)
+    if not isinstance(ops, dict):
+        raise EnvironmentProblem(
+            f"DeepSpeed {deepspeed.__version__} has no table of compiled operations to switch off.",
+            "Install a version of the tested range (pip install 'deepspeed>=0.19,<0.20').",
+        )
+    ops["deepspeed_shm_comm"] = False
+
+
+class ParallelMoEBlock(nn.Module):
+    """DeepSpeed's MoE layer in the shape of :class:`moe.layers.block.MoEBlock`: the same numbers, experts over ranks.
+
+    Args:
+        block: the plain block whose weights are taken over.
+        ep_size: ranks that share the experts.
+        ep_rank: this rank's place among them.
+    """
+
+    def __init__(self, block: MoEBlock, ep_size: int, ep_rank: int) -> None:
+        super().__init__()
+        from deepspeed.moe.layer import MoE
+
+        self.spec, dim = block.spec, block.norm.normalized_shape[0]
+        self.norm = copy.deepcopy(block.norm)
+        self.names = deepspeed_names(block.spec.num_experts, ep_rank, ep_size)
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.layer = MoE(
+                hidden_size=dim,
+                expert=Expert(dim, hidden_width(dim, block.spec)),
+                num_experts=block.spec.num_experts,
+                ep_size=ep_size,
+                k=block.spec.top_k,
+                capacity_factor=block.spec.capacity_factor,
+                # Capacity in evaluation mode is experts times what an equal load needs: nothing is dropped.
+                eval_capacity_factor=float(block.spec.num_experts),
+                min_capacity=0,
+                drop_tokens=not block.spec.dropless,
+                use_rts=False,
+                top2_2nd_expert_sampling=False,
+            )
+        state = block.state_dict()
+        self.layer.load_state_dict({mine: state[theirs] for mine, theirs in self.names.items()})
+
+    def forward(self, z_ND: Tensor) -> MoEOutput:
+        """See :class:`MoEBlock`. Collective among the ranks that share the experts; equal N on all of them."""
+        y_ND, balance, counts_E = self.layer(self.norm(z_ND))
+        return MoEOutput(z_ND + y_ND, balance, counts_E)
+
+
+class DeepSpeedEngine:
+    """See :class:`workers.engines.base.Engine`.
+
+    Args:
+        module: plain module, with equal weights on all ranks; kept as the plain layout of evaluation and export.
+        groups: its trainable parameters by learning rate.
+        options: optimiser, clipping and precision. bf16 is autocast, see :class:`OptimizerOptions`.
+        zero: stage and expert parallelism.
+        device: where to train.
+
+    Raises:
+        SpecError: sizes that do not divide, or clipping together with expert parallelism.
+        EnvironmentProblem: DeepSpeed is not installed.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Sequence[ParamGroup],
+        options: OptimizerOptions,
+        zero: DeepSpeedOptions,
+        device: torch.device | None = None,
+    ) -> None:
+        self.device = device or torch.device("cpu")
+        deepspeed = start(self.device)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.options, self.zero = options, zero
+        _check(zero, self.world_size, options)
+        self._plain = module.to(self.device)
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        self.module = copy.deepcopy(self._plain)
+        self._blocks = _replace_blocks(self.module, zero.ep_size, self.rank % zero.ep_size)
+        self._global = self._global_names(self.rank % zero.ep_size)
+        self.optimizer = self._build(deepspeed, [(group, [names[p] for p in group.parameters]) for group in groups])
+
+    def _build(self, deepspeed: Any, groups: list[tuple[ParamGroup, list[str]]]) -> torch.optim.Optimizer:
+        from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
+
+        mine = {self._global[name]: parameter for name, parameter in self.module.named_parameters()}
+        local = [
+            ParamGroup(group.name, [mine[n] for n in names if n in mine], group.lr, group.weight_decay)
+            for group, names in groups
+        ]
+        optimizer = build_optimizer(local, self.options)
+        if any(is_moe_param(parameter) for parameter in self.module.parameters()):
+            split = split_params_into_different_moe_groups_for_optimizer(optimizer.param_groups)
+            optimizer.param_groups[:] = [group for group in split if group["params"]]
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._engine, *_ = deepspeed.initialize(
+                model=self.module, optimizer=optimizer, config=self._config(), dist_init_required=False
+            )
+        return optimizer
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,  # the boundary is set by hand in step()
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 1 << 30,
+            "wall_clock_breakdown": False,
+            "zero_optimization": {"stage": self.zero.zero_stage, "overlap_comm": False},
+            "gradient_clipping": self.options.clip or 0.0,  # DeepSpeed's own default is to clip at 1
+        }
+
+    def set_rates(self, multipliers: Mapping[str, float]) -> dict[str, float]:
+        """See the protocol."""
+        return set_rates(self.optimizer, multipliers)
+
+    def step(self, microbatches: Sequence[Any], loss_fn: LossFunction) -> dict[str, float]:
+        """See the protocol."""
+        items = weighted(microbatches, self.world_size)
+        sums: dict[str, Tensor] = {}
+        for number, item in enumerate(items):
+            self._engine.set_gradient_accumulation_boundary(number == len(items) - 1)
+            with autocast(self.device, self.options.precision):
+                total, parts = read_losses(loss_fn(self.module, item.batch))
+            for name, value in {"loss": total, **parts}.items():
+                share = value.detach().double() * item.weight
+                sums[name] = sums[name] + share if name in sums else share
+            # DeepSpeed averages over the ranks where our weights sum to 1 over them.
+            self._engine.backward(total * (item.weight * self.world_size), scale_wrt_gas=False)
+        values = reduce_values(sums, self.world_size, self.device)
+        self._engine.step()
+        if self.options.clip is not None:
+            values["grad_norm"] = float(self._engine.get_global_grad_norm() or 0.0)
+        return values
+
+    def reset_optimizer(self) -> None:
+        """See the protocol. Zero moments at step 0 are what a new Adam starts from."""
+        for slots in self.optimizer.state.values():
+            for value in slots.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+
+    def _global_names(self, ep_rank: int) -> dict[str, str]:
+        """Parameter or buffer name in the layout of rank ``ep_rank`` -> plain name."""
+        renamed: dict[str, str] = {}
+        for prefix, block in self._blocks.items():
+            names = deepspeed_names(block.spec.num_experts, ep_rank, self.zero.ep_size)
+            renamed |= {f"{prefix}.layer.{mine}": f"{prefix}.{theirs}" for mine, theirs in names.items()}
+        return {name: renamed.get(name, name) for name in self.module.state_dict()}
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See the protocol."""
+        from deepspeed.utils import groups
+
+        whole = {self._global[name]: value.detach().cpu().clone() for name, value in tensors.items()}
+        if self.zero.ep_size > 1 and self._blocks:
+            group = groups._get_expert_parallel_group(f"ep_size_{self.zero.ep_size}")
+            for name in [name for name in tensors if ".deepspeed_experts." in name]:
+                pieces = [torch.empty_like(tensors[name]) for _ in range(self.zero.ep_size)]
+                dist.all_gather(pieces, tensors[name].detach().contiguous(), group=group)
+                for ep_rank, piece in enumerate(pieces):
+                    whole[self._global_names(ep_rank)[name]] = piece.cpu()
+        order = [name for name in self._plain.state_dict() if name in whole]
+        return {name: whole[name] for name in order}
+
+    def scatter(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See the protocol."""
+        present = {mine: plain for mine, plain in self._global.items() if plain in tensors}
+        return {mine: tensors[plain].to(self.device) for mine, plain in present.items()}
+
+    def plain(self) -> nn.Module:
+        """See the protocol."""
+        load_strict(self._plain, self.gather(self.module.state_dict()))
+        return self._plain
+
+    def state_dict(self) -> EngineState:
+        """See the protocol."""
+        moments: dict[str, dict[str, Tensor]] = {}
+        parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        step, slots = self._slots()
+        if slots:
+            self._link_moments()
+        for slot in slots:
+            local = {name: self._moment(parameter, slot) for name, parameter in parameters.items()}
+            for name, value in self.gather(local).items():
+                moments.setdefault(name, {})[slot] = value
+        for found in moments.values():
+            found["step"] = step.detach().cpu().clone()
+        return EngineState(module=self.gather(self.module.state_dict()), optimizer=moments)
+
+    def _slots(self) -> tuple[Tensor, list[str]]:
+        """Updates since the last reset, and the names of the moments; none before the first step."""
+        for state in self.optimizer.state.values():
+            return state.get("step", torch.tensor(0.0)), [k for k, v in state.items() if k != "step" and v is not None]
+        return torch.tensor(0.0), []
+
+    def _moment(self, parameter: nn.Parameter, slot: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if self.zero.zero_stage == 0:
+            found = self.optimizer.state.get(parameter, {}).get(slot)
+            return torch.zeros_like(parameter) if found is None else found
+        value: Tensor = safe_get_full_optimizer_state(parameter, slot)
+        return value
+
+    def load_state_dict(self, state: EngineState) -> None:
+        """See the protocol."""
+        expected = set(self._plain.state_dict())
+        unknown = [name for name in state.optimizer if name not in expected]
+        if unknown:
+            raise CheckpointError(
+                f"The checkpoint has optimiser state for {unknown[0]!r}, which this model does not have.",
+                "Start the stage afresh (delete its scratch folder) after changing the model.",
+            )
+        load_strict(self._plain, state.module)
+        self.module.load_state_dict(self.scatter(state.module))
+        slots = sorted({slot for found in state.optimizer.values() for slot in found if slot != "step"})
+        steps = [float(found["step"]) for found in state.optimizer.values() if "step" in found]
+        self._prepare_slots(slots, max(steps, default=0.0))
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                self._load_parameter(parameter, state.optimizer.get(self._global[name], {}), slots)
+
+    def _prepare_slots(self, slots: Sequence[str], step: float) -> None:
+        """Give every tensor of the optimiser zero moments at ``step``, so that they can be filled in place."""
+        self.optimizer.state.clear()
+        if not slots:
+            return
+        for group in self.optimizer.param_groups:
+            for tensor in group["params"]:
+                self.optimizer.state[tensor] = {slot: torch.zeros_like(tensor) for slot in slots}
+                if self.options.name != "sgd":
+                    self.optimizer.state[tensor]["step"] = torch.tensor(step)
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """ZeRO links the moments to the parameters once, after the step of the first group: too early for the others."""
+        if self.zero.zero_stage > 0:
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _load_parameter(self, parameter: nn.Parameter, found: Mapping[str, Tensor], slots: Sequence[str]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if self.zero.zero_stage > 0:
+            safe_set_full_fp32_param(parameter, parameter.detach())
+        for slot in slots:
+            if slot not in found:
+                continue
+            value = found[slot].to(self.device)
+            if self.zero.zero_stage == 0:
+                self.optimizer.state[parameter][slot].copy_(value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, slot)
+
+    def barrier(self) -> None:
+        """See the protocol."""
+        dist.barrier()
+
+    def destroy(self) -> None:
+        """See the protocol."""
+        self._engine.destroy()
+
+
+def _check(zero: DeepSpeedOptions, world_size: int, options: OptimizerOptions) -> None:
+    if zero.zero_stage not in (0, 1, 2):
+        raise SpecError(f"zero_stage is {zero.zero_stage}.", "Use 0, 1 or 2: stage 3 does not support MoE layers.")
+    if zero.ep_size < 1 or world_size % zero.ep_size:
+        raise SpecError(
+            f"ep_size is {zero.ep_size} with {world_size} ranks.", "The number of ranks must be a multiple of ep_size."
+        )
+    if zero.ep_size > 1 and options.clip is not None:
+        raise SpecError(
+            f"Gradient clipping (clip={options.clip}) cannot be combined with ep_size={zero.ep_size}.",
+            "DeepSpeed averages the norms of ranks that hold different experts: set clip to null or ep_size to 1.",
+        )
+
+
+def _replace_blocks(module: nn.Module, ep_size: int, ep_rank: int) -> dict[str, ParallelMoEBlock]:
+    """Put :class:`ParallelMoEBlock` where the plain blocks are; returns them by name. Raises SpecError (sizes)."""
+    found = {name: child for name, child in module.named_modules() if isinstance(child, MoEBlock)}
+    replaced: dict[str, ParallelMoEBlock] = {}
+    for name, block in found.items():
+        parent, _, last = name.rpartition(".")
+        replaced[name] = ParallelMoEBlock(block, ep_size, ep_rank)
+        setattr(module.get_submodule(parent), last, replaced[name])
+    return replaced

@@ -1,0 +1,195 @@
+"""The methods that an evaluation compares, and where experts' tokens come from.
+
+A method is a network, optionally with an adaptation of ``moe.adaptation`` in front of it. All are shown the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moe.errors import SpecError
+from workers.batches import ImageReader
+from workers.datasets.base import IntArray
+
+if TYPE_CHECKING:
+    from moe.adaptation.base import Adaptation
+    from moe.aggregator import Aggregator
+    from moe.student import Student
+    from workers.features import FeatureTable
+
+LABELS: Mapping[str, str] = {
+    "erm": "ERM",
+    "aggregator": "aggregator alone",
+    "student": "student",
+    "oracle": "oracle (saw labelled target domains)",
+}
+ADAPTATION_LABELS: Mapping[str, str] = {"bn": "BN", "tent": "Tent", "distill": "distillation"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        name: stable, e.g. ``erm_tent``.
+        label: for people.
+        model: images (or tokens) to logits.
+        adaptation: applied once per domain; None predicts with ``model`` as it is.
+        reference: name of the method without the adaptation.
+        reads: ``images``, or ``tokens`` of all experts (the aggregator alone).
+    """
+
+    name: str
+    label: str
+    model: nn.Module
+    adaptation: Adaptation | None = None
+    reference: str = ""
+    reads: Literal["images", "tokens"] = "images"
+
+
+@dataclass(frozen=True)
+class Models:
+    """The networks of one seed; all on one device and in evaluation mode. What is None is left out of the table.
+
+    Attributes:
+        erm: the baseline as a classifier (raw network) or a student.
+        student: after meta-distillation.
+        aggregator: its teacher.
+        oracle: trained with labels of the test domains: the ceiling.
+    """
+
+    erm: nn.Module | None = None
+    student: Student | None = None
+    aggregator: Aggregator | None = None
+    oracle: nn.Module | None = None
+
+
+def standard_methods(models: Models, adaptations: Mapping[str, Mapping[str, Adaptation]], task: str) -> list[Method]:
+    """The rows of the table in their order: ERM and its adaptations, aggregator, student and its adaptations, oracle.
+
+    Args:
+        models: what there is.
+        adaptations: ``erm`` or ``student`` -> registry name -> adaptation.
+        task: ``regression`` leaves out Tent (no predicted distribution).
+
+    Raises:
+        SpecError: an adaptation is given for a network that is not there.
+    """
+    unknown = [owner for owner in adaptations if owner not in ("erm", "student")]
+    if unknown:
+        raise SpecError(f"Adaptations are given for {unknown[0]!r}.", "Only 'erm' and 'student' can be adapted.")
+    methods: list[Method] = []
+    for name in ("erm", "aggregator", "student", "oracle"):
+        model = getattr(models, name)
+        wanted = dict(adaptations.get(name, {}))
+        if model is None:
+            if wanted:
+                raise SpecError(f"There is no {name} to adapt with {', '.join(wanted)}.", f"Give the {name} model too.")
+            continue
+        methods.append(Method(name, LABELS[name], model, reads="tokens" if name == "aggregator" else "images"))
+        for kind, adaptation in wanted.items():
+            if kind == "none" or (kind == "tent" and task == "regression"):
+                continue
+            label = f"{LABELS[name]} + {ADAPTATION_LABELS.get(kind, kind)}"
+            methods.append(Method(f"{name}_{kind}", label, model, adaptation, reference=name))
+    return methods
+
+
+@dataclass
+class TokenSource:
+    """Experts' features ``[B, E, D]`` by row: from the cache where it has the row, computed otherwise.
+
+    Attributes:
+        table: cached features, or None.
+        experts: extractors ``images -> [B, D]``, for rows that are not cached; may be empty when everything is.
+        names: of the experts, for plots.
+        rows_computed: how many rows had to be computed (grows).
+    """
+
+    table: FeatureTable | None = None
+    experts: Sequence[Callable[[Tensor], Tensor]] = ()
+    names: Sequence[str] = ()
+    rows_computed: int = field(default=0, compare=False)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.table.num_experts if self.table is not None else len(self.experts)
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the experts; their numbers when none were given."""
+        return list(self.names) or [str(index) for index in range(self.num_experts)]
+
+    def __call__(self, rows: IntArray, read: Callable[[IntArray], Tensor], variants: IntArray | None) -> Tensor:
+        """Tokens of ``rows``, float32, on the CPU when cached, else where the experts are.
+
+        Args:
+            rows: ``[B]``.
+            read: rows -> images, called only when needed.
+            variants: transform variant of each row, or None.
+
+        Raises:
+            SpecError: the cache lacks the rows and there are no experts to ask.
+        """
+        if self.table is not None and self.table.covers(rows):
+            return self.table.tokens(rows, variants if self.table.variants > 1 else None)
+        if not self.experts:
+            raise SpecError(
+                "The aggregator needs the experts' features of rows that are not cached, and there are no experts.",
+                "Add the scored split to the `features` stage, or wire the experts to the evaluation.",
+            )
+        self.rows_computed += len(rows)
+        images = read(rows)
+        with torch.no_grad():
+            return torch.stack([expert(images).float() for expert in self.experts], dim=1)
+
+
+class ImageSource:
+    """Transformed images by row on a device, with a fixed variant per row where the transform is random.
+
+    Args:
+        reader: of the data set's images under the evaluation transform.
+        device: where the models are.
+        count: rows of the data set.
+        seed: draws the variants (official rxrx1 evaluation only).
+    """
+
+    def __init__(self, reader: ImageReader, device: torch.device, count: int, seed: int) -> None:
+        self._reader, self._device = reader, device
+        variants = reader.transform.variants
+        self._variants = np.random.default_rng((seed, 8)).integers(variants, size=count) if variants > 1 else None
+
+    def variants(self, rows: IntArray) -> IntArray | None:
+        """Transform variant of each row; None when there is only one."""
+        return None if self._variants is None else self._variants[rows]
+
+    def __call__(self, rows: IntArray) -> Tensor:
+        """Images ``[B, C, H, W]``."""
+        return self._reader.read(rows, self.variants(rows)).to(self._device)
+
+
+def adaptation_of(name: str, config: Mapping[str, Any] | None = None) -> Adaptation:
+    """The adaptation ``name`` of the registry with its settings.
+
+    Raises:
+        SpecError: unknown name or settings.
+    """
+    from pydantic import ValidationError
+
+    from moe.adaptation.base import ADAPTATIONS
+
+    kind = ADAPTATIONS.load(name).Adaptation
+    try:
+        return kind(kind.Config(**(config or {})))
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise SpecError(
+            f"Adaptation {name!r} refuses its settings: {found}.", f"Fields: {', '.join(kind.Config.model_fields)}."
+        ) from None

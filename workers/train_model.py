@@ -1,0 +1,294 @@
+"""Supervised training of one network on some rows: experts, baselines and the student's pre-training.
+
+Meta-DMoE (arXiv 2210.03885), sections 3.2 and 3.4 of its procedure: uniform shuffling, task loss, Adam, BatchNorm in
+training mode, selection on the whole out-of-domain validation split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from moe.errors import SpecError
+from workers.batches import ImageReader, Prefetcher, chunks
+from workers.checkpoints import CheckpointDir
+from workers.context import Reporter
+from workers.datasets.base import DomainData, IntArray
+from workers.device import setup
+from workers.engines.base import OptimizerOptions, ParamGroup, Precision
+from workers.engines.torch import TorchEngine
+from workers.loop import FitResult, LoopSpec, Schedule, epoch_halves, every, fit, mix, official_halves
+from workers.metrics import score
+from workers.modelfile import MODEL_FILE, save_tensors
+from workers.sampling import EpochSampler, group_index
+from workers.schedules import constant, cosine_warmup, exponential_per_epoch
+from workers.transforms import Transform, transform_for
+
+Cadence = Literal["official", "halves", "epoch", "steps"]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train; every default is Meta-DMoE's where it has one.
+
+    Attributes:
+        batch_size: images per update.
+        epochs: passes over the rows.
+        lr: base rate of Adam.
+        head_lr: rate of the last layer; ``lr`` when None.
+        weight_decay: L2 (Adam, SGD) or decoupled (AdamW).
+        optimizer: ``adam``, ``adamw`` or ``sgd`` (momentum 0.9).
+        schedule: ``exponential`` (per epoch), ``cosine`` (warm-up per step), ``constant``.
+        decay: factor per epoch of ``exponential``.
+        warmup_epochs: of ``cosine``.
+        micro_batch: split a batch into pieces of at most so many images (memory); None is the whole batch.
+        clip: largest gradient norm, or None.
+        precision: ``fp32`` or ``bf16`` (autocast).
+        ema_decay: average the weights, or None.
+        cadence: when to evaluate: ``official`` (multiples of half an epoch but 0), ``halves`` (middle and end of each
+            epoch), ``epoch``, ``steps`` (every ``evaluate_every``). The last update is always evaluated as well.
+        evaluate_every: updates between evaluations under ``steps``.
+        select: ``best`` validation state or ``last``.
+        parity: ``official``: a state is only selected when its score exceeds 0.
+        patience: evaluations without improvement before stopping, or None.
+        checkpoint_every: updates between checkpoints.
+        drop_last: leave out the short last batch of an epoch.
+        image_size: side in pixels, or None for the official size.
+        eval_batch_size: images per forward pass of evaluations.
+        threads: compute threads.
+        loader_threads: decoding threads.
+        device: ``auto``, ``cpu``, ``cuda``.
+    """
+
+    batch_size: int
+    epochs: int
+    lr: float
+    head_lr: float | None = None
+    weight_decay: float = 0.0
+    optimizer: str = "adam"
+    schedule: Literal["exponential", "cosine", "constant"] = "exponential"
+    decay: float = 0.96
+    warmup_epochs: int = 10
+    micro_batch: int | None = None
+    clip: float | None = None
+    precision: Precision = "fp32"
+    ema_decay: float | None = None
+    cadence: Cadence = "official"
+    evaluate_every: int = 100
+    select: Literal["best", "last"] = "best"
+    parity: Literal["official", "fixed"] = "fixed"
+    patience: int | None = None
+    checkpoint_every: int = 200
+    drop_last: bool = False
+    image_size: int | None = None
+    eval_batch_size: int = 128
+    threads: int = 1
+    loader_threads: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "evaluate_every", "eval_batch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"{name} is {getattr(self, name)}.", "It must be at least 1.")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A trained network.
+
+    Attributes:
+        fit: evaluations and states.
+        scores: validation scores of the written state.
+        step: update after which it was taken (0-based).
+    """
+
+    fit: FitResult
+    scores: Mapping[str, float]
+    step: int
+
+
+def train_model(
+    settings: TrainSettings,
+    data: DomainData,
+    rows: IntArray,
+    val_rows: IntArray,
+    init: nn.Module,
+    reporter: Reporter,
+    scratch: Path,
+    output: Path | None,
+    *,
+    seed: int = 0,
+    transforms: tuple[Transform, Transform] | None = None,
+) -> TrainResult:
+    """Train ``init`` on ``rows`` and write the selected state to ``output/model.safetensors``.
+
+    Args:
+        settings: see :class:`TrainSettings`.
+        data: the data set.
+        rows: training rows.
+        val_rows: rows of every evaluation.
+        init: a network ``images [B, C, H, W] -> logits [B, K]`` with its initial weights; trained in place.
+        reporter: progress, and whether to stop.
+        scratch: checkpoints live here; an interrupted call continues from them, bit-equal.
+        output: folder of the result; None writes nothing.
+        seed: of shuffling, augmentation and dropout.
+        transforms: (training, evaluation); by default the data set's official ones at ``settings.image_size``.
+
+    Raises:
+        RunFailed: the loss is not finite.
+        Interrupted: a stop was asked for; the last checkpoint is kept.
+    """
+    device = setup(settings.threads, settings.device).device
+    train_transform, eval_transform = transforms or (
+        transform_for(data.info, settings.image_size, train=True),
+        transform_for(data.info, settings.image_size, train=False),
+    )
+    reader = ImageReader(data.images, train_transform, settings.loader_threads)
+    same = eval_transform.identity == train_transform.identity
+    eval_reader = reader if same else ImageReader(data.images, eval_transform, settings.loader_threads)
+    sampler = EpochSampler(rows, settings.batch_size, mix(seed, 1), settings.drop_last)
+    steps = settings.epochs * sampler.steps_per_epoch
+    labels = torch.from_numpy(np.ascontiguousarray(data.labels))
+
+    def batches(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        chosen = sampler.batch(step)
+        variants = reader.draw(len(chosen), np.random.default_rng((mix(seed, 2), step)))
+        images, targets = reader.read(chosen, variants), labels[torch.from_numpy(chosen)]
+        size = settings.micro_batch or len(chosen)
+        return list(zip(torch.split(images, size), torch.split(targets, size), strict=True))
+
+    engine = TorchEngine(init, _groups(init, settings), _optimizer(settings), device)
+    prefetch = Prefetcher(batches, steps, depth=2 if settings.loader_threads else 0)
+    try:
+        result = fit(
+            engine,
+            lambda step: _weighted_by_size(prefetch(step), device),
+            loop_spec(settings, steps, sampler.steps_per_epoch, seed, data.info.selection_metric),
+            reporter,
+            CheckpointDir(scratch / "checkpoints", log=reporter.log),
+            evaluate=lambda module, step: evaluate_rows(
+                module, data, val_rows, eval_reader, settings.eval_batch_size, device
+            ),
+            loss_fn=supervised_loss(data.info.task),
+        )
+    finally:
+        prefetch.close()
+        reader.close()
+        eval_reader.close()
+    return finish(result, settings, init, None if output is None else output / MODEL_FILE)
+
+
+def supervised_loss(task: str) -> Any:
+    """``(module, (images, labels)) -> Losses``: the task loss, plus the balance loss of an MoE block if it has one."""
+    from moe.backbones import Student
+    from moe.losses import Losses, task_loss
+
+    def loss(module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> Losses:
+        images, labels = batch
+        if not isinstance(module, Student) or module.moe is None:
+            return Losses(task_loss(task, module(images), labels), {})
+        out = module.run(images)
+        value, balance = task_loss(task, out.logits_BK, labels), cast(torch.Tensor, out.balance)
+        return Losses(value + module.moe.spec.balance_weight * balance, {"task": value, "balance": balance})
+
+    return loss
+
+
+def loop_spec(settings: TrainSettings, steps: int, per_epoch: int, seed: int, metric: str) -> LoopSpec:
+    """The loop of a supervised stage of ``steps`` updates, ``per_epoch`` of them in each epoch."""
+    schedules: dict[str, Schedule] = {
+        "exponential": exponential_per_epoch(settings.decay, per_epoch),
+        "cosine": cosine_warmup(settings.warmup_epochs * per_epoch, steps),
+        "constant": constant(),
+    }
+    after = {
+        "official": official_halves(per_epoch),
+        "halves": epoch_halves(per_epoch),
+        "epoch": every(per_epoch),
+        "steps": every(settings.evaluate_every),
+    }
+    return LoopSpec(
+        steps=steps,
+        seed=mix(seed, 3),
+        schedules={"*": schedules[settings.schedule]},
+        ema_decay=settings.ema_decay,
+        checkpoint_every=settings.checkpoint_every,
+        evaluate_after=after[settings.cadence],
+        metric=metric,
+        best_from=0.0 if settings.parity == "official" else float("-inf"),
+        patience=settings.patience,
+    )
+
+
+def logits_of(
+    module: nn.Module, rows: IntArray, reader: ImageReader, batch_size: int, device: torch.device
+) -> NDArray[np.float32]:
+    """Outputs of ``module`` for ``rows``, float32 ``[N, K]``; the caller sets the module's mode."""
+    parts = []
+    with torch.inference_mode():
+        for piece in chunks(rows, batch_size):
+            parts.append(module(reader.read(piece).to(device)).float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def evaluate_rows(
+    module: nn.Module, data: DomainData, rows: IntArray, reader: ImageReader, batch_size: int, device: torch.device
+) -> dict[str, float]:
+    """Scores of ``data.info.metrics`` over ``rows`` together (not a mean over batches)."""
+    return score_logits(data, rows, logits_of(module, rows, reader, batch_size, device))
+
+
+def score_logits(data: DomainData, rows: IntArray, logits: NDArray[np.float32]) -> dict[str, float]:
+    """Scores of outputs ``[N, K]`` for ``rows`` of ``data``."""
+    from moe.losses import predict
+
+    groups, _ = group_index(data.metadata, data.fields, data.info.group_fields)
+    predictions = predict(data.info.task, torch.from_numpy(logits)).numpy()
+    return score(
+        data.info, predictions, data.labels[rows], data.metadata[rows], data.fields, data.value_names, groups[rows]
+    )
+
+
+def _groups(module: nn.Module, settings: TrainSettings) -> list[ParamGroup]:
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if settings.head_lr is None or settings.head_lr == settings.lr:
+        return [ParamGroup("model", parameters, settings.lr, settings.weight_decay)]
+    head = [p for layer in list(module.modules())[-1:] for p in layer.parameters()]
+    known = {id(p) for p in head}
+    body = [p for p in parameters if id(p) not in known]
+    return [
+        ParamGroup("body", body, settings.lr, settings.weight_decay),
+        ParamGroup("head", head, settings.head_lr, settings.weight_decay),
+    ]
+
+
+def _optimizer(settings: TrainSettings) -> OptimizerOptions:
+    return OptimizerOptions(settings.optimizer, momentum=0.9, clip=settings.clip, precision=settings.precision)
+
+
+def _weighted_by_size(pieces: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> list[Any]:
+    from workers.engines.base import Weighted
+
+    total = sum(len(labels) for _, labels in pieces)
+    return [Weighted((x.to(device), y.to(device)), len(y) / total) for x, y in pieces]
+
+
+def finish(result: FitResult, settings: TrainSettings, module: nn.Module, path: Path | None) -> TrainResult:
+    """Put the chosen state into ``module`` (left in evaluation mode), write it to ``path``, say where it came from."""
+    chosen = result.selected if settings.select == "best" else result.last
+    step = result.steps - 1
+    if settings.select == "best" and result.best_step is not None:
+        step = result.best_step
+    at_step = [e.scores for e in result.evaluations if e.step == step]
+    module.load_state_dict(chosen)
+    module.eval()
+    if path is not None:
+        save_tensors(path, chosen)
+    return TrainResult(result, at_step[-1] if at_step else {}, step)
