@@ -11,7 +11,8 @@ Shapes: B batch, E expert tokens, D feature width, H heads, L layers, K outputs.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ def mask_tokens(features_BED: Tensor, owners_B: Tensor | None, mode: str = "drop
     if owners_B is None or owners_B.shape != (size,):
         seen = None if owners_B is None else tuple(owners_B.shape)
         raise SpecError(f"Exclusion {mode!r} needs one owner per sample: {size} samples, owners of shape {seen}.")
-    if size and not (0 <= int(owners_B.min()) and int(owners_B.max()) < experts):
+    if size and not (int(owners_B.min()) >= 0 and int(owners_B.max()) < experts):
         raise SpecError(
             f"Owners reach from {int(owners_B.min())} to {int(owners_B.max())}, but there are {experts} experts.",
             "The domain split does not belong to these experts.",
@@ -95,7 +96,8 @@ class TokenAttention(nn.Module):
         scores = (q @ k.transpose(-2, -1)) * (dim // self.heads) ** -0.5
         attention = scores.softmax(dim=-1)
         mixed = (self.dropout(attention) @ v).transpose(1, 2).reshape(size, tokens, dim)
-        return self.out_proj(mixed), attention
+        out: Tensor = self.out_proj(mixed)
+        return out, attention
 
 
 class _AttentionBlock(nn.Module):
@@ -123,7 +125,8 @@ class _MLPBlock(nn.Module):
         self.fn = nn.ModuleDict({"net": net})
 
     def forward(self, x_BED: Tensor) -> Tensor:
-        return x_BED + self.fn["net"](self.norm(x_BED))
+        out: Tensor = x_BED + self.fn["net"](self.norm(x_BED))
+        return out
 
 
 class Aggregator(nn.Module):
@@ -137,6 +140,8 @@ class Aggregator(nn.Module):
         mlp_ratio: hidden width of the feed-forward part as a multiple of D (rounded).
         dropout: probability on attention weights and in the feed-forward part, in training mode only.
         pool: ``mean`` or ``max`` over the tokens. Differs: the public code's ``max`` crashes; this one works.
+        plain_head: scores are a linear function of the feature, without the LayerNorm, so that the head can be a copy
+            of the student's and the teacher's features mean to it what the student's do. Differs: not in the paper.
 
     Raises:
         SpecError: ``heads`` does not divide ``dim``, or unknown ``pool``.
@@ -151,6 +156,7 @@ class Aggregator(nn.Module):
         mlp_ratio: float = 2.0,
         dropout: float = 0.1,
         pool: str = "mean",
+        plain_head: bool = False,
     ) -> None:
         super().__init__()
         if dim % heads:
@@ -164,7 +170,8 @@ class Aggregator(nn.Module):
             nn.ModuleList([_AttentionBlock(dim, heads, dropout), _MLPBlock(dim, hidden, dropout)]) for _ in range(depth)
         )
         self.transformer = nn.ModuleDict({"layers": layers})
-        self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_outputs))
+        norm = nn.Identity() if plain_head else nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(norm, nn.Linear(dim, num_outputs))
 
     def forward(self, tokens_BED: Tensor, need_attention: bool = False) -> AggregatorOutput:
         """Pool the experts' views of each image.
@@ -183,7 +190,7 @@ class Aggregator(nn.Module):
             )
         x_BED = tokens_BED
         maps: list[Tensor] = []
-        for attend, mlp in self.transformer["layers"]:  # type: ignore[union-attr,misc]
+        for attend, mlp in cast(Iterable[tuple[nn.Module, nn.Module]], self.transformer["layers"]):
             x_BED, attention = attend(x_BED)
             x_BED = mlp(x_BED)
             maps.append(attention)

@@ -6,6 +6,7 @@ Sources: torchvision (ResNet arXiv 1512.03385, DenseNet 1608.06993, MobileNetV2 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 
 import torch
@@ -88,7 +89,7 @@ def layout_of(spec: BackboneSpec, model: nn.Module) -> Layout:
     if name == "tiny_cnn" or name in TORCHVISION_CHILDREN:
         return Layout("children", "fc")
     if spec.name.startswith("torchvision:"):
-        return Layout("features", "classifier")
+        return Layout("features", "classifier", spec.last_relu)
     if name == "mobilenet_v2_sort":
         return Layout("features", "classifier.1")
     head = getattr(model, "pretrained_cfg", {}).get("classifier")
@@ -115,7 +116,9 @@ def student_to_classifier(spec: BackboneSpec, state: Mapping[str, Tensor]) -> di
         CheckpointError: as there; also when the student has an MoE block, which a classifier cannot hold.
     """
     if any(name.startswith("moe.") for name in state):
-        raise CheckpointError("The student has an MoE block, which a plain classifier cannot hold.", "Keep it a student.")
+        raise CheckpointError(
+            "The student has an MoE block, which a plain classifier cannot hold.", "Keep it a student."
+        )
     names, shapes = _key_map(spec, state, "student")
     back = {new: old for old, new in names.items()}
     check_state(state, {names[old]: s for old, s in shapes.items()}, f"These weights are not a {spec.name} student")
@@ -195,7 +198,7 @@ def _timm(spec: BackboneSpec, num_outputs: int) -> nn.Module:
 
     name = VIT_SMALL if spec.name == "vit_small_focus" else spec.name.removeprefix("timm:")
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:8]
+        near = difflib.get_close_matches(name, timm.list_models(), n=4)
         raise SpecError(
             f"timm has no model named {name!r}.", f"Similar: {', '.join(near)}." if near else "See timm.list_models()."
         )

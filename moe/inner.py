@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe.errors import SpecError
 from moe.losses import l2_loss
-from moe.student import FEATURES, Student
+from moe.student import Student
 
 Graph = Literal["full", "target", "none"]
 
@@ -32,6 +32,7 @@ class InnerResult:
         adapted: student name -> adapted tensor, for the parameters that move.
         losses: scalar inner loss before each step, without a graph.
         features_SD: features of the support batch before the first step, without a graph.
+        gradients: student name -> inner gradient, summed over the steps, without a graph; empty with graph ``full``.
         probes: with graph ``target``: per step, the residual that the inner gradient was computed from (a leaf) and the
             gradient as a function of it; see :func:`push_forward`.
     """
@@ -39,6 +40,7 @@ class InnerResult:
     adapted: dict[str, Tensor]
     losses: list[Tensor]
     features_SD: Tensor
+    gradients: dict[str, Tensor]
     probes: list[tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -100,6 +102,7 @@ def inner_step(
     losses: list[Tensor] = []
     probes: list[tuple[Tensor, dict[str, Tensor]]] = []
     seen: list[Tensor] = []
+    sums: dict[str, Tensor] = {}
     current = start
     # Only the plain attention kernel can be differentiated twice.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -111,10 +114,11 @@ def inner_step(
             probes.extend(probe)
             current = {name: value - rates[name] * gradient[name] for name, value in current.items()}
             if graph != "full":
+                sums = {name: sums[name] + g if name in sums else g for name, g in gradient.items()}
                 current = {name: value.detach().requires_grad_() for name, value in current.items()}
     if graph == "none":
         current = {name: value.detach() for name, value in current.items()}
-    return InnerResult(current, losses, seen[0], probes)
+    return InnerResult(current, losses, seen[0], sums, probes)
 
 
 def _gradient(
@@ -166,4 +170,3 @@ def _named(current: Mapping[str, Tensor], found: tuple[Tensor | None, ...]) -> d
 def uniform_rates(student: Student, rate: float, adapt: str = "all") -> dict[str, Tensor | float]:
     """The same inner rate for every adapted parameter."""
     return dict.fromkeys(adapted_parameters(student, adapt), rate)
-

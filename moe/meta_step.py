@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,8 @@ class Episode:
     def to(self, device: torch.device | str) -> Episode:
         """A copy on ``device``."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Episode(**{name: None if x is None else x.to(device) for name, x in moved.items()})
+        arguments: dict[str, Any] = {name: None if x is None else x.to(device) for name, x in moved.items()}
+        return Episode(**arguments)
 
 
 class InnerRates(nn.Module):
@@ -110,8 +111,9 @@ def meta_losses(
     given: Mapping[str, Tensor | float] = rates if rates is not None else dict.fromkeys(chosen, config.inner_lr)
     with _autocast(config, episode.support.device), sdpa_kernel(SDPBackend.MATH):
         target_SD = teacher(aggregator, episode, config)
-        if config.order == "second":
-            inner = inner_step(student, episode.support, target_SD, given, config.inner_steps, "full")
+        if config.order == "second" or not torch.is_grad_enabled():
+            graph: Graph = "full" if torch.is_grad_enabled() else "none"
+            inner = inner_step(student, episode.support, target_SD, given, config.inner_steps, graph)
             total, parts = _query(student, episode, inner.adapted, task)
         else:
             total, parts, inner = _stored_gradients(student, target_SD, episode, config, task, given)
@@ -171,37 +173,30 @@ def _stored_gradients(
     # Head, MoE block and whatever the inner step does not move are learned by their plain gradient.
     others = {name: p for name, p in own.items() if name not in moved and p.requires_grad}
     loss, parts = _query(student, episode, moved, task)
-    found = torch.autograd.grad(
-        loss, [*moved.values(), *others.values()], allow_unused=True, materialize_grads=exact
-    )
-    stored = [(own[name], g) for name, g in zip([*moved, *others], found, strict=True)]
+    found = torch.autograd.grad(loss, [*moved.values(), *others.values()], allow_unused=True, materialize_grads=True)
+    sinks: list[Tensor] = [own[name] for name in [*moved, *others]]
+    stored = list(zip(sinks, found, strict=True))
+    slopes = dict(zip(moved, found, strict=False))
+    for name, rate in rates.items():
+        if isinstance(rate, Tensor):  # theta' = theta - rate * g, so dL/drate = -<dL/dtheta', g>
+            stored.append((rate, -(slopes[name] * inner.gradients[name]).sum()))
     if exact:
-        slopes = dict(zip(moved, cast(tuple[Tensor, ...], found), strict=False))
-        stored += _through_inner_step(inner, target_SD, slopes, fixed, rates)
-    pairs = [(sink, g) for sink, g in stored if g is not None and sink.requires_grad]
+        stored.append((target_SD, _teacher_gradient(inner, target_SD, slopes, fixed)))
+    pairs = [(sink, g) for sink, g in stored if sink.requires_grad]
     total: Tensor = _Stored.apply(loss.detach(), [g for _, g in pairs], *(sink for sink, _ in pairs))  # type: ignore[no-untyped-call]
     return total, parts, inner
 
 
-def _through_inner_step(
-    inner: InnerResult,
-    target_SD: Tensor,
-    slopes: Mapping[str, Tensor],
-    fixed: Mapping[str, Tensor | float],
-    rates: Mapping[str, Tensor | float],
-) -> list[tuple[Tensor, Tensor]]:
-    """Gradients of what only the inner step uses: the teacher, and learned rates. ``slopes`` is v = dL/dtheta'.
+def _teacher_gradient(
+    inner: InnerResult, target_SD: Tensor, slopes: Mapping[str, Tensor], rates: Mapping[str, Tensor | float]
+) -> Tensor:
+    """dL/dt from ``slopes``, v = dL/dtheta'.
 
-    theta' = theta - alpha * J^T r with r = (2/n)(f - t), so dL/dt = (2/n) J (alpha v) and dL/dalpha = -<v, J^T r>.
+    theta' = theta - alpha * J^T r with r = (2/n)(f - t), so dL/dt = (2/n) J (alpha v), summed over the inner steps.
     """
-    direction = {name: slope * fixed[name] for name, slope in slopes.items()}
+    direction = {name: slope * rates[name] for name, slope in slopes.items()}
     changes = [push_forward(probe, direction).to(target_SD.dtype) for probe in inner.probes]
-    result = [(target_SD, torch.stack(changes).sum(0) * (2.0 / target_SD.numel()))]
-    for name, rate in rates.items():
-        if isinstance(rate, Tensor):
-            products = [(slopes[name] * gradient[name].detach()).sum() for _, gradient in inner.probes]
-            result.append((rate, -torch.stack(products).sum()))
-    return result
+    return torch.stack(changes).sum(0) * (2.0 / target_SD.numel())
 
 
 class _Stored(torch.autograd.Function):
@@ -218,7 +213,7 @@ class _Stored(torch.autograd.Function):
 
 
 def _autocast(config: MetaStepSpec, device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast without the cast cache: a weight cast under ``no_grad`` must not serve a pass that needs its gradient."""
+    """Autocast without its cache: a weight cast under ``no_grad`` must not serve a pass that needs its gradient."""
     if config.precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
@@ -237,7 +232,9 @@ class EpisodeModule(nn.Module):
         task: ``multiclass``, ``binary`` or ``regression``.
     """
 
-    def __init__(self, student: Student, aggregator: Aggregator, config: MetaStepSpec, task: str = "multiclass") -> None:
+    def __init__(
+        self, student: Student, aggregator: Aggregator, config: MetaStepSpec, task: str = "multiclass"
+    ) -> None:
         super().__init__()
         self.student = student
         self.aggregator = aggregator

@@ -56,6 +56,11 @@ class BackboneSpec(BaseModel):
     width: int | None = Field(
         default=None, ge=1, le=1024, description="Channels of tiny_cnn's first layer (16 when left out); others: none."
     )
+    last_relu: bool = Field(
+        default=False,
+        description="DenseNet only: apply the last ReLU in feature extractors and students as well; the public "
+        "checkpoints leave it out there.",
+    )
 
     @field_validator("name")
     @classmethod
@@ -66,12 +71,16 @@ class BackboneSpec(BaseModel):
         allowed = [f"torchvision:{n}" for n in (*TORCHVISION_CHILDREN, *TORCHVISION_FEATURES)]
         if name in allowed:
             return name
-        raise ValueError(f"There is no backbone named {name!r}. " + nearest(name, [*PLAIN_NAMES, *allowed, "timm:NAME"]))
+        raise ValueError(
+            f"There is no backbone named {name!r}. " + nearest(name, [*PLAIN_NAMES, *allowed, "timm:NAME"])
+        )
 
     @model_validator(mode="after")
     def _fits(self) -> BackboneSpec:
         if self.width is not None and self.name != "tiny_cnn":
             raise ValueError(f"width={self.width} has no meaning for {self.name!r}; it scales tiny_cnn only.")
+        if self.last_relu and not self.name.startswith("torchvision:densenet"):
+            raise ValueError(f"last_relu has no meaning for {self.name!r}; it is a choice of the DenseNet family.")
         if self.name == "vit_small_focus" and self.image_size is not None and self.image_size % 14:
             near = max(14, round(self.image_size / 14) * 14)
             raise ValueError(f"image_size={self.image_size} is not a multiple of the patch of 14 pixels; use {near}.")
@@ -94,7 +103,8 @@ class StudentMoESpec(BaseModel):
     )
     balance_weight: float = Field(default=0.01, ge=0, le=10, description="Weight of the load-balance loss.")
     dropless: bool = Field(
-        default=True, description="No image is dropped. False applies capacity_factor while training; never at inference."
+        default=True,
+        description="No image is dropped. False applies capacity_factor while training; never at inference.",
     )
 
     @model_validator(mode="after")
@@ -120,12 +130,14 @@ class MetaStepSpec(BaseModel):
         default="drop", description="What happens to the token of the expert that owns the domain."
     )
     adapt: Literal["all", "norm"] = Field(
-        default="all", description="Feature parameters that the inner step moves: all, or those of normalisation layers."
+        default="all",
+        description="Feature parameters that the inner step moves: all, or those of normalisation layers.",
     )
     learn_rates: bool = Field(default=False, description="Learn one inner rate per tensor, starting from inner_lr.")
     loss_before: bool = Field(
         default=False, description="Also compute the query loss before the inner step, for the record only."
     )
     precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="bf16 runs forward passes under autocast; parameters and inner updates stay float32."
+        default="fp32",
+        description="bf16 runs forward passes under autocast; parameters and inner updates stay float32.",
     )

@@ -33,10 +33,12 @@ class Layout:
         kind: ``children``: all children but the head, renumbered (ResNet family). ``features``: the child of that name
             and a global average pool (DenseNet family). ``whole``: the model itself with its head taken out (timm).
         head: dotted name of the linear head.
+        last_relu: a ReLU between the child ``features`` and the pool.
     """
 
     kind: Literal["children", "features", "whole"]
     head: str
+    last_relu: bool = False
 
 
 class StudentOutput(NamedTuple):
@@ -126,7 +128,8 @@ def student_view(classifier: nn.Module, layout: Layout, moe: nn.Module | None = 
     if layout.kind == "children":
         features = nn.Sequential(*(child for name, child in classifier.named_children() if name != layout.head))
     elif layout.kind == "features":
-        features = nn.Sequential(classifier.get_submodule("features"), nn.AdaptiveAvgPool2d(1))
+        relu = [nn.ReLU()] if layout.last_relu else []
+        features = nn.Sequential(classifier.get_submodule("features"), *relu, nn.AdaptiveAvgPool2d(1))
     else:
         set_submodule(classifier, layout.head, nn.Identity())
         features = nn.Sequential(classifier)
@@ -155,4 +158,3 @@ def set_submodule(module: nn.Module, path: str, child: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     owner = module.get_submodule(parent)
     owner._modules[name] = child
-

@@ -6,6 +6,7 @@ file, so that equal digests mean equal bytes. The idea is that of git trees and 
 
 from __future__ import annotations
 
+import builtins
 import errno
 import hashlib
 import json
@@ -111,12 +112,12 @@ class Artifact:
         """Bytes of all files together."""
         return sum(entry.size for entry in self.files.values())
 
-    def manifest(self) -> bytes:
+    def manifest(self) -> builtins.bytes:
         """The manifest's exact bytes."""
         return manifest_bytes(self.kind, self.meta, self.files)
 
     @staticmethod
-    def parse(digest: str, data: bytes) -> Artifact:
+    def parse(digest: str, data: builtins.bytes) -> Artifact:
         """Read a manifest back.
 
         Raises:

@@ -1,8 +1,8 @@
 """Cache keys: what decides a member's result, part by part, and why a key was not found, in words.
 
 The rule is one page in ``docs/rules.md`` and the same for every executor. Parts are kept by name beside the result
-(the lesson of Flyte: a digest alone cannot tell anybody what changed), the code that implements the stage is a part, and
-so is the format version, so that an upgrade is a visible miss and never a silent one.
+(the lesson of Flyte: a digest alone cannot tell anybody what changed), the code that implements the stage is a part,
+and so is the format version, so that an upgrade is a visible miss and never a silent one.
 """
 
 from __future__ import annotations
@@ -122,14 +122,19 @@ class KeyMaker:
         self._code: dict[str, dict[str, str]] = {}
         self._external: dict[str, Mapping[str, str]] = {}
 
+    def read_code(self, nodes: Iterable[Node]) -> None:
+        """Digest the code of all stages now, before any of it is imported: what runs later is checked against this."""
+        for node in nodes:
+            if node.stage not in self._code:
+                self._code[node.stage] = code_parts(node.kind, node.config)
+
     def key(self, node: Node, input_digests: Mapping[str, Sequence[InputDigest]]) -> Key:
         """See :func:`cache_key`. All nodes of a stage share its config.
 
         Raises:
             MoepipeError: what the stage reads from outside is missing or damaged.
         """
-        if node.stage not in self._code:
-            self._code[node.stage] = code_parts(node.kind, node.config)
+        self.read_code([node])
         if node.stage not in self._external:
             self._external[node.stage] = stage_of(node.kind).external(node.config, self._data_root)
         return cache_key(node, input_digests, self._external[node.stage], self._code[node.stage])

@@ -112,17 +112,24 @@ def misfit(node: str, resources: Resources, capacity: Capacity) -> str:
     largest = {name: max((m.get(name, 0.0) for m in capacity.machines), default=0.0) for name in demand}
     has = ", ".join(f"{amount:g} {name}" for name, amount in largest.items())
     total = ", ".join(f"{capacity.total.get(name, 0.0):g} {name}" for name in demand)
-    where = "the machine has" if len(capacity.machines) == 1 else f"the largest of {len(capacity.machines)} machines has"
+    where = (
+        "the machine has" if len(capacity.machines) == 1 else f"the largest of {len(capacity.machines)} machines has"
+    )
     both = "" if len(capacity.machines) == 1 else f" (all together {total})"
     return f"{node} asks for {ranks}{asked}{' each' if ranks else ''}; {where} {has}{both}"
 
 
+def infeasible(problems: Sequence[str]) -> InfeasibleError:
+    """The error for some answers of :func:`misfit`."""
+    more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
+    return InfeasibleError(
+        f"{problems[0]}{more}.",
+        "Lower the stage's resources (a profile, or --set stages.NAME.resources.cpus=1), or choose a larger cluster.",
+    )
+
+
 def require_fit(wanted: Sequence[tuple[str, Resources]], capacity: Capacity) -> None:
-    """Raise InfeasibleError that names every node which can never run."""
+    """Raise InfeasibleError that names the first node which can never run."""
     problems = [problem for node, resources in wanted if (problem := misfit(node, resources, capacity))]
     if problems:
-        more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
-        raise InfeasibleError(
-            f"{problems[0]}{more}.",
-            "Lower the stage's resources (a profile, or --set stages.NAME.resources.cpus=1) or choose a larger cluster.",
-        )
+        raise infeasible(problems)

@@ -78,4 +78,4 @@ app.add_typer(cli_tools.track, name="track", rich_help_panel="House-keeping")
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    app(prog_name="moepipe")

@@ -168,7 +168,9 @@ def miniature(
     root = opt.data_root(data, store)
     module = DATASETS.load(name)
     if not hasattr(module, "miniature"):
-        raise SpecError(f"{name} needs no miniature: its real data is embedded.", f"Use it as it is: --set dataset={name}")
+        raise SpecError(
+            f"{name} needs no miniature: its real data is embedded.", f"Use it as it is: --set dataset={name}"
+        )
     module.miniature(root, seed)
     if json:
         console.emit_json({"name": name, "root": str(root), "seed": seed})

@@ -38,7 +38,9 @@ class Filter:
         try:
             pattern = re.compile(grep) if grep else None
         except re.error as error:
-            raise SpecError(f"--grep {grep!r} is not a regular expression: {error}.", "Escape special characters.") from None
+            raise SpecError(
+                f"--grep {grep!r} is not a regular expression: {error}.", "Escape special characters."
+            ) from None
         if since is None:
             return Filter(pattern, 0.0)
         match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", since)
@@ -56,7 +58,8 @@ def run_lines(run: Run, chosen: Filter, follow: bool) -> Iterator[str]:
     position = 0
     while True:
         ended = run.status != "running"
-        for event, position in run.follow(position):
+        for event, after in run.follow(position):
+            position = after
             text = _words(event)
             line = f"{time.strftime('%H:%M:%S', time.localtime(event.time))} {event.node or run.id}: {text}"
             if text and chosen.takes(line, event.time):

@@ -33,11 +33,18 @@ def complete_run(incomplete: str) -> Iterator[str]:
     yield from (name for name in names if name.startswith(incomplete))
 
 
-def complete_kind(incomplete: str) -> Iterator[str]:
-    """Stage kinds."""
-    from orchestrator.stages.base import STAGES
+def complete_path(incomplete: str) -> Iterator[str]:
+    """What ``moepipe explain`` knows."""
+    from orchestrator.explain import paths
 
-    yield from (name for name in STAGES.names() if name.startswith(incomplete))
+    yield from (name for name in paths() if name.startswith(incomplete))
+
+
+def complete_method(incomplete: str) -> Iterator[str]:
+    """What ``moepipe init`` can write."""
+    from orchestrator.scaffold import methods
+
+    yield from (name for name in methods() if name.startswith(incomplete))
 
 
 def complete_dataset(incomplete: str) -> Iterator[str]:
@@ -77,7 +84,9 @@ DataRoot = Annotated[
 ]
 On = Annotated[
     str,
-    typer.Option("--on", metavar="WHERE", help="ray (own local cluster), inline (this process), or a cluster's address."),
+    typer.Option(
+        "--on", metavar="WHERE", help="ray (own local cluster), inline (this process), or a cluster's address."
+    ),
 ]
 Json = Annotated[
     bool,
@@ -100,3 +109,10 @@ def all_overrides(overrides: list[str] | None, seeds: str | None) -> list[str]:
     if seeds is not None:
         chosen.append(f"seeds=[{seeds}]")
     return chosen
+
+
+def store_flag(place: Path | str) -> str:
+    """`` --store PLACE`` for commands that are printed, empty where they find the store without it."""
+    if os.environ.get("MOEPIPE_STORE") or Path(place) == Path(DEFAULT_STORE).resolve():
+        return ""
+    return f" --store {place}"

@@ -88,7 +88,9 @@ def status(
     view, now = view_of(found), time.time()
     document = {
         **_summary(found),
-        "members": {state: view.count(state) for state in ("waiting", "running", "hit", "finished", "failed", "skipped")},
+        "members": {
+            state: view.count(state) for state in ("waiting", "running", "hit", "finished", "failed", "skipped")
+        },
         "stages": [
             {
                 "stage": stage.name,
@@ -205,16 +207,39 @@ def ls(
 
 
 def explain(
-    target: Annotated[str, typer.Argument(metavar="FIELD", help="e.g. stages.retry, a stage kind, or a kind's field.")],
-    pipeline: Annotated[Path | None, typer.Option("--pipeline", help="Explain the fields of this pipeline.")] = None,
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="[PATH]",
+            help="e.g. stages.distill, stages.distill.config.lr, retry, datasets.camelyon17.",
+            autocompletion=opt.complete_path,
+        ),
+    ] = "",
     json: opt.Json = False,
 ) -> None:
-    """Explain a field of the YAML: type, bounds, default, meaning."""
-    raise typer.Exit(2)
+    """Explain a field, stage kind, data set or algorithm: type, bounds, default, meaning, presets."""
+    from orchestrator import console
+    from orchestrator.explain import explain as answer
+
+    found = answer(path)
+    if json:
+        console.emit_json(console.finite(found.to_json()))
+    else:
+        console.say(str(found).rstrip())
 
 
 def schema(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file instead of stdout.")] = None,
 ) -> None:
-    """Write the JSON Schema of pipeline files, for editors."""
-    raise typer.Exit(2)
+    """Write the JSON Schema of pipeline files, for completion and hover texts in editors."""
+    import sys
+
+    from orchestrator import console
+    from orchestrator.blobs import write_atomic
+    from orchestrator.schema import MODELINE, schema_text
+
+    if output is None:
+        sys.stdout.write(schema_text())
+        return
+    write_atomic(output, schema_text().encode())
+    console.note(f"Wrote {output}. First line of a pipeline beside it: {MODELINE.format(path=output.name)}")

@@ -78,9 +78,10 @@ def _drive(run: Run, store: Store, on: str, data_root: Path, quiet: bool, json: 
         raise error
     document = result.describe(run, graph, store, driven)
     if json:
-        console.emit_json(console.finite(document))
-    else:
-        result.show(document, store)
+        console.emit_json(console.finite({**document, "tracking": result.describe_tracking(driven.tracking())}))
+        return
+    result.show(document)
+    result.show_next(document, driven.tracking(), opt.store_flag(store.folder if store.is_local else store.url))
 
 
 def plan(
@@ -140,7 +141,9 @@ def validate(
 
 def resume(
     run: opt.RunId = "latest",
-    on: Annotated[str | None, typer.Option("--on", metavar="WHERE", help="Where; by default as the run was started.")] = None,
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="WHERE", help="Where; by default as the run was started.")
+    ] = None,
     store: opt.StoreUrl = opt.DEFAULT_STORE,
     data: opt.DataRoot = None,
     quiet: opt.Quiet = False,
@@ -183,6 +186,8 @@ def cancel(
     if json:
         console.emit_json({"run": found.id, "status": after})
     elif after == "running":
-        console.say(f"{found.id} was asked to stop and is still working towards a checkpoint: moepipe status {found.id}")
+        console.say(
+            f"{found.id} was asked to stop and is still working towards a checkpoint: moepipe status {found.id}"
+        )
     else:
         console.say(f"{found.id}: {after}. Continue it with: moepipe resume {found.id}")

@@ -50,10 +50,30 @@ def sync(
 
 
 def init(
-    template: Annotated[str | None, typer.Argument(metavar="[KIND]", help="What to begin with.")] = None,
+    method: Annotated[
+        str, typer.Argument(metavar="[METHOD]", help="What the pipeline does.", autocompletion=opt.complete_method)
+    ] = "meta_dmoe",
+    dataset: Annotated[
+        str, typer.Option("--dataset", help="Data set to begin with.", autocompletion=opt.complete_dataset)
+    ] = "rotated14",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a new file instead of stdout.")] = None,
 ) -> None:
-    """Write a commented pipeline to begin with to stdout."""
-    raise typer.Exit(2)
+    """Write a commented pipeline to start from; every field is explained in it."""
+    import sys
+
+    from moe.errors import SpecError
+    from orchestrator import console
+    from orchestrator.blobs import write_atomic
+    from orchestrator.scaffold import scaffold
+
+    text = scaffold(method, dataset)
+    if output is None:
+        sys.stdout.write(text)
+        return
+    if output.exists():
+        raise SpecError(f"{output} exists already.", "Choose another name, or remove it first.")
+    write_atomic(output, text.encode())
+    console.note(f"Wrote {output}. Next: moepipe validate {output}")
 
 
 def doctor(
@@ -131,8 +151,8 @@ def gc(
         console.say(f"  run {run}")
     verb = "would be" if dry_run else "were"
     console.say(
-        f"{len(garbage.runs)} runs, {len(garbage.artifacts)} artifacts and {len(garbage.scratch)} scratch folders {verb} "
-        f"removed: {console.size(garbage.bytes)}"
+        f"{len(garbage.runs)} runs, {len(garbage.artifacts)} artifacts and {len(garbage.scratch)} scratch folders "
+        f"{verb} removed: {console.size(garbage.bytes)}"
     )
 
 

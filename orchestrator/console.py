@@ -164,7 +164,9 @@ def show_crash(error: BaseException) -> int:
     ]
     with tempfile.NamedTemporaryFile("w", prefix="moepipe-crash-", suffix=".log", delete=False) as file:
         file.write("\n".join(lines))
-    note(f"error [internal]: {type(error).__name__}: {error}. This is a bug in moepipe; details: {file.name}", "bold red")
+    note(
+        f"error [internal]: {type(error).__name__}: {error}. This is a bug in moepipe; details: {file.name}", "bold red"
+    )
     return 1
 
 

@@ -1,8 +1,8 @@
 """Running one member: the context that its stage sees, and everything around the call of ``Stage.run``.
 
 The process that runs a member also commits its result, so large files are hashed where they lie and the driver never
-touches them. While it works it holds the key's ``member`` lock: an orphan of a driver that was killed can never write the
-same scratch folder as its successor, and two runs never make the same artifact at once.
+touches them. While it works it holds the key's ``member`` lock: an orphan of a driver that was killed can never write
+the same scratch folder as its successor, and two runs never make the same artifact at once.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moe.errors import Interrupted, MoepipeError, RunFailed
-from orchestrator.artifacts import canonical_json, disk_problem
+from orchestrator.artifacts import Artifact, canonical_json, disk_problem
 from orchestrator.codedigest import code_digests
 from orchestrator.executors.base import Cause, Signal, Task
 from orchestrator.policies import classify
 from orchestrator.reporting import Emit, TaskReporter
 from orchestrator.stages.base import Member, StageBase
-from orchestrator.store import Artifact, Store
+from orchestrator.store import Store
 from workers.context import Input
 
 TrainFunction = Callable[[dict[str, Any]], None]
@@ -41,7 +41,7 @@ class Launcher(Protocol):
         ...
 
 
-class WorkerLost(Exception):
+class WorkerLostError(Exception):
     """A process that ran a part of the member died; the scheduler retries it.
 
     Args:
@@ -177,9 +177,7 @@ def _produce(task: Task, store: Store, launcher: Launcher, reporter: TaskReporte
         shutil.rmtree(output, ignore_errors=True)
 
 
-def run_member(
-    task: Task, emit: Emit, launcher: Launcher = run_here, stop: Callable[[], bool] | None = None
-) -> Signal:
+def run_member(task: Task, emit: Emit, launcher: Launcher = run_here, stop: Callable[[], bool] | None = None) -> Signal:
     """Run one member to its committed artifact, or to the error that says why not. Never raises.
 
     Args:
@@ -213,7 +211,7 @@ def _failure(task: Task, log: Path, error: BaseException) -> Signal:
     if log.parent.is_dir():
         with log.open("a", encoding="utf-8") as stream:
             stream.write(text)
-    if isinstance(error, WorkerLost):
+    if isinstance(error, WorkerLostError):
         return Signal(task.node, "failed", {}, error.cause, RunFailed(f"{task.node}: {error.args[1]}"))
     cause = classify(error)
     return Signal(task.node, "failed", {}, cause, readable(error, task.node, log))

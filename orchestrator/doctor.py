@@ -94,7 +94,11 @@ def examine(store: str, data_root: Path, tracking_uri: str) -> list[Check]:
 def _python() -> Iterator[Check]:
     version = ".".join(map(str, sys.version_info[:3]))
     good = (3, 10) <= sys.version_info[:2] < (3, 14)
-    fix = "" if good else "Make the environment with Python 3.11: make clean; rm -rf .venv; make PYTHON=python3.11 install"
+    fix = (
+        ""
+        if good
+        else "Make the environment with Python 3.11: make clean; rm -rf .venv; make PYTHON=python3.11 install"
+    )
     yield Check("Python", "ok" if good else "failed", f"{version} ({sys.executable})", fix)
 
 
@@ -116,13 +120,14 @@ def _our_packages() -> Iterator[Check]:
 
 def versions() -> dict[str, str | None]:
     """Installed versions of the libraries that matter; None when one is missing."""
-    found: dict[str, str | None] = {}
-    for name in (DISTRIBUTION, *LIBRARIES):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return {name: _version(name) for name in (DISTRIBUTION, *LIBRARIES)}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _ranges() -> Mapping[str, str]:
@@ -142,7 +147,9 @@ def _libraries() -> Iterator[Check]:
 
     found, ranges = versions(), _ranges()
     if found[DISTRIBUTION] is None:
-        yield Check("moepipe", "failed", "not installed as a distribution", "pip install -c constraints.txt -e '.[demo,dev]'")
+        yield Check(
+            "moepipe", "failed", "not installed as a distribution", "pip install -c constraints.txt -e '.[demo,dev]'"
+        )
     for name in LIBRARIES:
         version, wanted = found[name], ranges.get(name, "")
         fix = f"pip install '{name}{wanted}' (or the tested set: pip install -c constraints.txt -e '.[demo,dev]')"
@@ -252,11 +259,18 @@ def _torch(probe: subprocess.Popen[str]) -> Iterator[Check]:
     try:
         text, errors = probe.communicate(timeout=_PROBE_SECONDS)
     except subprocess.TimeoutExpired:
-        yield Check("import torch", "warning", f"takes longer than {_PROBE_SECONDS:.0f} s", "The machine is very busy; try again.")
+        yield Check(
+            "import torch",
+            "warning",
+            f"takes longer than {_PROBE_SECONDS:.0f} s",
+            "The machine is very busy; try again.",
+        )
         return
     if probe.returncode != 0:
         last = errors.strip().splitlines()[-1:] or ["no message"]
-        yield Check("import torch", "failed", last[0], "pip install -c constraints.txt --force-reinstall torch torchvision")
+        yield Check(
+            "import torch", "failed", last[0], "pip install -c constraints.txt --force-reinstall torch torchvision"
+        )
         return
     seen = json.loads(text.strip().splitlines()[-1])
     yield Check("import torch", "ok", f"{seen['version']}, CUDA {seen['cuda'] or 'not built in'}")

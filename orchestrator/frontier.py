@@ -85,7 +85,9 @@ class Frontier:
             if lost and not (ports[port].many and all(self.group_done(self.graph.nodes[parent]) for parent in lost)):
                 return Inputs({}, {}, f"needs {lost[0]}, which failed")
             digests[port] = tuple(
-                (self.graph.nodes[parent].name, self.artifacts[parent]) for parent in parents if parent in self.artifacts
+                (self.graph.nodes[parent].name, self.artifacts[parent])
+                for parent in parents
+                if parent in self.artifacts
             )
             if lost:
                 left_out[port] = tuple(self.graph.nodes[parent].name for parent in lost)

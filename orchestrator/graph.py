@@ -9,15 +9,13 @@ import graphlib
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
-from pydantic_core import to_json
-
 from moe.errors import MoepipeError
 from orchestrator.fanout import Assembly, add_stage
 from orchestrator.nodes import Graph, Node, StageView, derive_seed
 from orchestrator.positions import LintProblem, Place, Problem, SpecErrors, Tree
 from orchestrator.spec import PipelineSpec
 from orchestrator.stages.base import StageBase, StageConfig
+from orchestrator.strictness import parse
 from orchestrator.validation import validate
 from orchestrator.wiring import Draft, references, stage_for, upstream, wiring_problems
 
@@ -63,9 +61,11 @@ def assemble(spec: PipelineSpec) -> tuple[Graph | None, list[LintProblem]]:
             problems.append(LintProblem("unknown-kind", ("stages", name, "kind"), error.message, error.hint))
             continue
         try:
-            configs[name] = stages[name].Config.model_validate_json(to_json(stage_spec.config), strict=True)
-        except ValidationError as error:
-            problems.append(LintProblem("config", ("stages", name, "config"), str(error)))
+            config, errors = parse(stages[name].Config, stage_spec.config)
+            if config is not None:
+                configs[name] = config
+            else:
+                problems.append(LintProblem("config", ("stages", name, "config"), f"{len(errors)} fields are wrong."))
         except MoepipeError as error:
             problems.append(LintProblem("config", ("stages", name, "config"), error.message, error.hint))
     drafts = {

@@ -82,6 +82,7 @@ class Silent:
         return None
 
     def __call__(self, event: Event) -> None:
+        """See :class:`Display`."""
         with self._lock:
             self.view.add(event)
 
@@ -113,6 +114,7 @@ class Lines(Silent):
         self._console.print(message, markup=False, soft_wrap=True)
 
     def __call__(self, event: Event) -> None:
+        """See :class:`Display`."""
         with self._lock:
             view = self.view.add(event)
             self._say(event, view)

@@ -73,8 +73,10 @@ def load(path: str | Path, profile: str | None = None, overrides: Sequence[str] 
     if profile is not None:
         _apply_profile(tree, overlays, profile, problems)
     problems += apply_overrides(tree, overrides)
-    problems += resolve(tree, {"scale": PipelineSpec.model_fields["scale"].default, "dataset": None})
     _fill_empty_maps(tree)
+    problems += resolve(
+        tree, {"scale": PipelineSpec.model_fields["scale"].default, "dataset": None, "dataset_options": {}}
+    )
     spec, graph = _check(tree, problems)
     if graph is not None:
         found_by_lint = [problem.at(tree) for problem in lint(graph)]

@@ -1,7 +1,7 @@
 """The process beside a run that writes it to MLflow, seen from both sides.
 
-The driver starts it and looks at its state file; the process follows the event file until the run has ended or the driver
-is gone. It runs at low priority, and nothing waits for it but the last seconds of a run's first submit.
+The driver starts it and looks at its state file; the process follows the event file until the run has ended or the
+driver is gone. It runs at low priority, and nothing waits for it but the last seconds of a run's first submit.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from filelock import FileLock, Timeout
 

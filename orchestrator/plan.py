@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from moe.errors import InfeasibleError, MoepipeError
+from moe.errors import MoepipeError
 from orchestrator.cache import KeyMaker, explain_miss
-from orchestrator.capacity import Capacity, misfit, rank_demand
+from orchestrator.capacity import Capacity, infeasible, misfit, rank_demand
 from orchestrator.graph import Graph, Node
 from orchestrator.runs import RunStore
 from orchestrator.store import KeyRecord, Store
@@ -83,11 +83,7 @@ class Plan:
     def require_feasible(self) -> None:
         """Raise InfeasibleError naming the first node that does not fit."""
         if self.infeasible:
-            more = f" (and {len(self.infeasible) - 1} more like it)" if len(self.infeasible) > 1 else ""
-            raise InfeasibleError(
-                f"{self.infeasible[0]}{more}.",
-                "Lower the stage's resources (a profile, or --set stages.NAME.resources.cpus=1) or choose a larger cluster.",
-            )
+            raise infeasible(self.infeasible)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, for ``--json`` and the run record."""
@@ -137,11 +133,7 @@ def make_plan(
     entries: dict[str, PlanEntry] = {}
     problems: dict[str, None] = {}
     for node in graph.nodes.values():
-        try:
-            entries[node.id] = _entry(node, entries, graph, store, keys, history)
-        except MoepipeError as error:
-            problems[str(error)] = None
-            entries[node.id] = _blocked(node, error.message, history)
+        entries[node.id] = _entry(node, entries, graph, store, keys, history, problems)
     work = {name: entry for name, entry in entries.items() if entry.state != "hit"}
     path, seconds = _critical_path(graph, work)
     infeasible: list[str] = []
@@ -166,7 +158,13 @@ def make_plan(
 
 
 def _entry(
-    node: Node, entries: Mapping[str, PlanEntry], graph: Graph, store: Store, keys: KeyMaker, history: _History
+    node: Node,
+    entries: Mapping[str, PlanEntry],
+    graph: Graph,
+    store: Store,
+    keys: KeyMaker,
+    history: _History,
+    problems: dict[str, None],
 ) -> PlanEntry:
     waits = [parent for parent in node.parents if entries[parent].state != "hit"]
     if waits:
@@ -176,12 +174,25 @@ def _entry(
         port: tuple((graph.nodes[parent].name, entries[parent].artifact or "") for parent in parents)
         for port, parents in node.inputs.items()
     }
-    key = keys.key(node, digests)
+    try:
+        key = keys.key(node, digests)
+    except MoepipeError as error:  # a data set that is not there, say
+        problems[str(error)] = None
+        return _blocked(node, error.message, history)
     found = store.examine(key)
     resources = _resources(node)
     if found.artifact is not None:
         return PlanEntry(
-            node.id, node.stage, node.kind, "hit", "", key.digest, found.artifact.digest, resources, 0.0, found.artifact.bytes
+            node.id,
+            node.stage,
+            node.kind,
+            "hit",
+            "",
+            key.digest,
+            found.artifact.digest,
+            resources,
+            0.0,
+            found.artifact.bytes,
         )
     config = {name: value for name, value in key.parts.items() if name.startswith("config")}
     like = history.like(node, config)
@@ -191,10 +202,10 @@ def _entry(
 
 
 def _blocked(node: Node, reason: str, history: _History) -> PlanEntry:
-    estimate, size = _usual([record for record in history.of(node.kind) if record.node == node.id] or history.of(node.kind))
-    return PlanEntry(
-        node.id, node.stage, node.kind, "blocked", reason, None, None, _resources(node), estimate, size
+    estimate, size = _usual(
+        [record for record in history.of(node.kind) if record.node == node.id] or history.of(node.kind)
     )
+    return PlanEntry(node.id, node.stage, node.kind, "blocked", reason, None, None, _resources(node), estimate, size)
 
 
 def _usual(records: list[KeyRecord]) -> tuple[float | None, int | None]:

@@ -13,7 +13,7 @@ from moe.errors import Interrupted, MoepipeError
 from orchestrator.executors.base import Cause
 from orchestrator.spec import Retry
 
-Action = Literal["retry", "fail", "stop"]
+Action = Literal["retry", "fail", "stop", "skip"]
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 
 
@@ -36,7 +36,7 @@ class Decision:
     """What to do about a failure.
 
     Attributes:
-        action: ``retry``, ``fail`` or ``stop`` (the user asked for it).
+        action: ``retry``, ``fail``, ``stop`` (the user asked for it) or ``skip`` (something before it failed).
         cause: what the failure is charged to.
         count: failures with this cause so far, this one included.
         limit: budget of the cause; -1 without limit.

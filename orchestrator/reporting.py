@@ -29,9 +29,7 @@ class TaskReporter:
         stop: answers whether this process was asked to stop (inline execution).
     """
 
-    def __init__(
-        self, node: str, emit: Emit, flag: Path, log: Path, stop: Callable[[], bool] | None = None
-    ) -> None:
+    def __init__(self, node: str, emit: Emit, flag: Path, log: Path, stop: Callable[[], bool] | None = None) -> None:
         self.node = node
         self._emit = emit
         self._flag = flag

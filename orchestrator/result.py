@@ -12,6 +12,7 @@ from orchestrator.graph import Graph
 from orchestrator.runs import Run
 from orchestrator.store import Store
 from orchestrator.submit import Driven
+from orchestrator.tracking_state import TrackingState
 from orchestrator.ui import is_server, run_link
 
 TABLE = "table.txt"
@@ -32,21 +33,21 @@ def failure(run: Run, graph: Graph, driven: Driven) -> MoepipeError | None:
     own = {name: failed for name, failed in outcome.failures.items() if failed.cause != "upstream"}
     first = next(iter(own.values()), None)
     error = first.error if first else RunFailed("no member could be run.")
-    failed, skipped = len(own), len(outcome.failures) - len(own)
-    name = first.node if first else ""
+    skipped = len(outcome.failures) - len(own)
     skips = f", {skipped} skipped because of that" if skipped else ""
+    name = first.node if first else ""
+    message = error.message if error.message.startswith(name) else f"{name}: {error.message}"
     told = type(error).__new__(type(error))
     MoepipeError.__init__(
         told,
-        f"{failed} of {everything} members of run {run.id} failed{skips}. First {name}: {error.message}",
-        f"{error.hint} All it said: moepipe logs {run.id} {name} - then: moepipe resume {run.id}".strip(),
+        f"{len(own)} of {everything} members of run {run.id} failed{skips}. {message}",
+        f"{error.hint} All that it said: moepipe logs {run.id} {name} | Afterwards: moepipe resume {run.id}".strip(),
     )
     return told
 
 
 def describe(run: Run, graph: Graph, store: Store, driven: Driven) -> dict[str, Any]:
-    """What ``submit --json`` prints."""
-    tracking = driven.tracking
+    """What ``submit --json`` prints, but for ``tracking``."""
     return {
         "run": run.id,
         "status": driven.outcome.status,
@@ -55,21 +56,25 @@ def describe(run: Run, graph: Graph, store: Store, driven: Driven) -> dict[str, 
         "failed": {name: failed.error.message for name, failed in driven.outcome.failures.items()},
         "artifacts": dict(driven.outcome.artifacts),
         "reports": reports(run, store),
-        "tracking": None
-        if tracking is None
-        else {
-            "uri": tracking.uri,
-            "experiment": tracking.experiment,
-            "run": tracking.runs.get("", ""),
-            "complete": tracking.complete,
-            "error": tracking.error,
-        },
         "pipeline": (run.info.get("options") or {}).get("pipeline"),
     }
 
 
-def show(document: dict[str, Any], store: Store) -> None:
-    """The same for people."""
+def describe_tracking(state: TrackingState | None) -> dict[str, Any] | None:
+    """The part ``tracking`` of ``submit --json``."""
+    if state is None:
+        return None
+    return {
+        "uri": state.uri,
+        "experiment": state.experiment,
+        "run": state.runs.get("", ""),
+        "complete": state.complete,
+        "error": state.error,
+    }
+
+
+def show(document: dict[str, Any]) -> None:
+    """The domain table and where the report is, for people."""
     for report in document["reports"]:
         table = Path(report["path"]) / TABLE
         if table.exists():
@@ -82,25 +87,32 @@ def show(document: dict[str, Any], store: Store) -> None:
     for report in document["reports"]:
         page = Path(report["path"]) / PAGE
         console.say(f"report:  {console.short_path(page if page.exists() else page.parent)}")
-    if document["tracking"] is not None:
-        console.say(f"MLflow:  {_mlflow(document)}")
-    pipeline = document["pipeline"] or "PIPELINE"
+
+
+def show_next(document: dict[str, Any], state: TrackingState | None, flags: str) -> None:
+    """Where MLflow shows it, and three commands to go on with.
+
+    Args:
+        document: of :func:`describe`.
+        state: of the projection; None when there is none.
+        flags: options that the commands need to find the same store.
+    """
+    if state is not None:
+        console.say(f"MLflow:  {_mlflow(document['run'], state, flags)}")
     console.say(
         "next:",
-        f"  moepipe show {document['run']}",
-        f"  moepipe plan {pipeline} --set seeds=[3,4,5]",
-        "  moepipe ui",
+        f"  moepipe show {document['run']}{flags}",
+        f"  moepipe plan {document['pipeline'] or 'PIPELINE'} --seeds 3,4,5{flags}",
+        f"  moepipe ui{flags}",
     )
 
 
-def _mlflow(document: dict[str, Any]) -> str:
-    tracking = document["tracking"]
-    if tracking["error"]:
-        return f"not written ({tracking['error']}); later: moepipe track sync {document['run']}"
-    known = tracking["experiment"] and tracking["run"]
-    if is_server(tracking["uri"]):
-        base = tracking["uri"].rstrip("/")
-        return run_link(base, tracking["experiment"], tracking["run"]) if known else base
-    link = run_link("http://127.0.0.1:5000", tracking["experiment"], tracking["run"]) if known else "the run"
-    later = "" if tracking["complete"] else " (being written)"
-    return f"moepipe ui, then {link}{later}"
+def _mlflow(run: str, state: TrackingState, flags: str) -> str:
+    if state.error:
+        return f"not written ({state.error.rstrip('.')}); later: moepipe track sync {run}{flags}"
+    known = bool(state.experiment and state.runs.get(""))
+    if is_server(state.uri):
+        base = state.uri.rstrip("/")
+        return run_link(base, state.experiment, state.runs[""]) if known else base
+    link = run_link("http://127.0.0.1:5000", state.experiment, state.runs[""]) if known else "the run"
+    return f"moepipe ui{flags}, then {link}{'' if state.complete else ' (being written)'}"

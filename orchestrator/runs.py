@@ -1,16 +1,14 @@
 """The run record: one folder per run, appended while it goes on, never written again once it ended.
 
 ``runs/<id>/``: ``spec.json`` (resolved, so that a run resumes without its YAML), ``plan.json``, ``environment.json``,
-``events.jsonl``, ``logs/<node>.log`` and, at the end, ``artifacts.json``. After Metaflow: an explicit resume of an ended
-run is a new run that names its origin; a run whose driver died is continued under its own id.
+``events.jsonl``, ``logs/<node>.log`` and, at the end, ``artifacts.json``. After Metaflow: an explicit resume of an
+ended run is a new run that names its origin; a run whose driver died is continued under its own id.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import secrets
 import socket
@@ -26,14 +24,13 @@ from filelock import FileLock, Timeout
 from moe.errors import BusyError, NotFoundError, RunFailed, nearest
 from orchestrator.blobs import write_atomic
 from orchestrator.events import Event, EventKind, append_event, read_events
+from orchestrator.owner import alive, environment, process_start
 from orchestrator.spec import PipelineSpec, spec_from_record
 from orchestrator.store import Store
 
 Status = Literal["running", "finished", "failed", "interrupted", "lost"]
 ENDED = ("finished", "failed", "interrupted")
 HEARTBEAT_S = 5.0
-_SILENT_S = 60.0
-_PACKAGES = ("moepipe", "torch", "ray", "deepspeed", "mlflow", "timm", "torchvision", "numpy")
 
 
 class Jsonable(Protocol):
@@ -55,42 +52,6 @@ def _load(path: Path) -> Any:
         return None
 
 
-def environment() -> dict[str, Any]:
-    """What the results depended on besides the key: versions and the machine. No secrets, no variables."""
-    versions: dict[str, str] = {}
-    for name in _PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "packages": versions,
-    }
-
-
-def _process_start(pid: int) -> str:
-    """A mark that tells a process from a later one with the same number (Linux; empty elsewhere)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
-def _alive(owner: Mapping[str, Any], beat: float) -> bool:
-    """Whether the process that wrote ``owner`` still drives the run."""
-    if owner.get("host") != socket.gethostname():
-        return time.time() - beat < _SILENT_S
-    pid = int(owner["pid"])
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return _process_start(pid) == owner.get("start", "")
-
-
 class Run:
     """One run: read by anybody, written by the process that holds :meth:`lock`."""
 
@@ -107,7 +68,7 @@ class Run:
 
     @property
     def info(self) -> dict[str, Any]:
-        """What was known when it was made: ``id``, ``created`` (seconds since 1970), ``origin`` (or None), ``options``."""
+        """Of its making: ``id``, ``created`` (seconds since 1970), ``origin`` (or None), ``options``."""
         return _load(self.path / "run.json") or {}
 
     @property
@@ -145,7 +106,7 @@ class Run:
         if owner is None:
             return "lost"
         with suppress(FileNotFoundError):
-            if _alive(owner, (self.path / "owner.json").stat().st_mtime):
+            if alive(owner, (self.path / "owner.json").stat().st_mtime):
                 return "running"
         return "lost"
 
@@ -179,7 +140,7 @@ class Run:
 
     def record(self, kind: EventKind, node: str = "", **data: Any) -> Event:
         """Append an event that happens now, and return it."""
-        event = Event(time.time(), kind, node, data)
+        event = Event(round(time.time(), 3), kind, node, data)
         self.append(event)
         return event
 
@@ -211,7 +172,7 @@ class Run:
                 f"Follow it with `moepipe status {self.id}`, or stop it with `moepipe cancel {self.id}`.",
             ) from None
         pid = os.getpid()
-        owner = {"pid": pid, "host": socket.gethostname(), "start": _process_start(pid), "since": time.time()}
+        owner = {"pid": pid, "host": socket.gethostname(), "start": process_start(pid), "since": time.time()}
         stop = threading.Event()
         try:
             write_atomic(self.path / "owner.json", _dump(owner))
@@ -317,5 +278,7 @@ class RunStore:
             with run.lock():
                 pass  # raises BusyError with the owner; falls through when it just ended
         if run.status in ENDED:
-            return self.create(run.spec(), origin=run.id, options=run.info.get("options") if options is None else options)
+            return self.create(
+                run.spec(), origin=run.id, options=run.info.get("options") if options is None else options
+            )
         return run

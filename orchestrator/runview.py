@@ -1,4 +1,4 @@
-"""Events folded into what people ask about: how far each member and stage is. Used by live progress, status and show."""
+"""Events folded into what people ask about: how far each member and stage is. For live progress, status and show."""
 
 from __future__ import annotations
 

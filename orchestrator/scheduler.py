@@ -6,22 +6,21 @@ waits and then hits), decides about failures and appends events. Results are com
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
-from moe.errors import MoepipeError, RunFailed
+from moe.errors import InfeasibleError, MoepipeError, RunFailed
+from orchestrator.admission import Admission
 from orchestrator.cache import KeyMaker
-from orchestrator.capacity import Ledger, rank_demand, require_fit
-from orchestrator.events import Event, EventKind
+from orchestrator.capacity import rank_demand
 from orchestrator.executors.base import Cause, Executor, Signal
 from orchestrator.frontier import Frontier, Inputs, ranks
 from orchestrator.graph import Graph
@@ -30,13 +29,10 @@ from orchestrator.policies import Decision, RetryPolicy, backoff_s
 from orchestrator.runs import Run, Status
 from orchestrator.store import Key, Store
 from orchestrator.tasks import Place, make_task
+from orchestrator.telling import Listener, Teller
 
-Listener = Callable[[Event], None]
 POLL_S = 0.25
 _BUSY_S = 0.5
-_PATIENCE_S = 30.0
-PENDING_S = 300.0
-_LOG = logging.getLogger("moepipe.scheduler")
 
 
 @dataclass
@@ -80,6 +76,11 @@ def execute(
         loop = _Loop(graph, store, run, executor, list(listeners), Path(data_root), stop or threading.Event())
         try:
             return loop.run_to_end(kill or threading.Event())
+        except InfeasibleError as error:
+            loop.teller.notify(
+                run.finish("failed", loop.frontier.artifacts, hits=loop.hits, failures={"": error.message})
+            )
+            raise
         finally:
             loop.release_all()
             executor.close()
@@ -95,13 +96,10 @@ class _Loop:
     data_root: Path
     stop: threading.Event
     frontier: Frontier = field(init=False)
-    ledger: Ledger | None = None
     stopping: bool = False
-    idle_since: float | None = None
     hits: int = 0
     ready: list[str] = field(default_factory=list)
     later: dict[str, float] = field(default_factory=dict)
-    passed_over: dict[str, float] = field(default_factory=dict)
     flights: dict[str, _Flight] = field(default_factory=dict)
     inputs: dict[str, Inputs] = field(default_factory=dict)
     policies: dict[str, RetryPolicy] = field(default_factory=dict)
@@ -112,6 +110,8 @@ class _Loop:
     def __post_init__(self) -> None:
         self.frontier = Frontier(self.graph)
         self.keys = KeyMaker(self.data_root)
+        self.room = Admission(self.graph, self.executor.capacity)
+        self.teller = Teller(self.run, self.listeners)
         self.rank = ranks(self.graph)
         self.order = {name: index for index, name in enumerate(self.graph.nodes)}
 
@@ -120,7 +120,8 @@ class _Loop:
     def run_to_end(self, kill: threading.Event) -> Outcome:
         """See :func:`execute`."""
         self.executor.attach(self.stop)
-        self.tell("run-started", pid=os.getpid(), host=socket.gethostname(), nodes=len(self.graph.nodes))
+        self.keys.read_code(self.graph.nodes.values())
+        self.teller.tell("run-started", pid=os.getpid(), host=socket.gethostname(), nodes=len(self.graph.nodes))
         self.decide(self.frontier.sources())
         while not kill.is_set():
             if self.stop.is_set() and not self.stopping:
@@ -136,7 +137,7 @@ class _Loop:
                     kill.set()
                 self.stop.set()
             self.watch_time()
-            self.watch_room()
+            self.room.watch(not (self.flights or self.later or self.stopping) and bool(self.ready), self.ready)
         return self.end()
 
     def end(self) -> Outcome:
@@ -148,7 +149,7 @@ class _Loop:
         self.release_all()
         outcome = Outcome(status, dict(self.frontier.artifacts), dict(self.failures), self.hits)
         told = {name: failure.error.message for name, failure in list(self.failures.items())[:100]}
-        self.notify(self.run.finish(status, outcome.artifacts, hits=self.hits, failures=told))
+        self.teller.notify(self.run.finish(status, outcome.artifacts, hits=self.hits, failures=told))
         return outcome
 
     def begin_stop(self) -> None:
@@ -161,26 +162,13 @@ class _Loop:
         """Seconds until a delayed node is due."""
         return max(0.0, min(self.later.values(), default=0.0) - time.monotonic())
 
-    def tell(self, kind: EventKind, node: str = "", **data: Any) -> None:
-        """Record an event and pass it on."""
-        self.notify(self.run.record(kind, node, **data))
-
-    def notify(self, event: Event) -> None:
-        """Call the listeners. What they do with an event must not decide the run."""
-        for listener in list(self.listeners):
-            try:
-                listener(event)
-            except Exception:
-                self.listeners.remove(listener)
-                _LOG.exception("a listener failed and gets no more events")
-
     # ---- deciding --------------------------------------------------------------------------------------------------
 
     def decide(self, names: Sequence[str]) -> None:
         """Nodes whose parents are settled: hit, skipped, or ready to run. Walks on through hits."""
-        todo = list(names)
+        todo = deque(names)
         while todo:
-            name = todo.pop()
+            name = todo.popleft()
             inputs = self.frontier.inputs(name)
             if inputs.missing:
                 todo += self.skip(name, inputs.missing)
@@ -203,12 +191,12 @@ class _Loop:
         if artifact is None:
             return None
         self.hits += 1
-        self.tell("member-hit", name, digest=artifact.digest, key=key.digest, bytes=artifact.bytes)
+        self.teller.tell("member-hit", name, digest=artifact.digest, key=key.digest, bytes=artifact.bytes)
         return artifact.digest
 
     def settle(self, name: str, digest: str | None) -> list[str]:
         """A node is done with; forget what was kept for it."""
-        for kept in (self.inputs, self.policies, self.attempts, self.passed_over):
+        for kept in (self.inputs, self.policies, self.attempts):
             kept.pop(name, None)  # type: ignore[attr-defined]
         return self.frontier.settle(name, digest)
 
@@ -216,7 +204,7 @@ class _Loop:
         """A node that cannot run because of what failed before it."""
         error = RunFailed(f"{name} was skipped: it {reason}.")
         self.failures[name] = Failure(name, "upstream", error, "")
-        self.tell("member-failed", name, decision="skip", cause="upstream", error=error.message, hint="", line="")
+        self.teller.skipped(name, error)
         return self.settle(name, None)
 
     # ---- starting --------------------------------------------------------------------------------------------------
@@ -230,39 +218,21 @@ class _Loop:
         if due:
             self.decide(due)
         slots = self.executor.slots()
-        reserved: set[str] = set()
+        if self.ready:
+            self.room.open(self.unmade())
+            self.room.new_round()
         left: list[str] = []
         for index, name in enumerate(self.ready):
             if slots is not None and len(self.flights) >= slots:
                 left += self.ready[index:]
                 break
-            if not self.fits(name, reserved, now) or not self.start(name):
-                if name not in self.later:
-                    left.append(name)
-        self.ready = left
+            if not self.room.take(name) or not self.start(name):
+                left.append(name)
+        self.ready = [name for name in left if name not in self.later]
 
-    def fits(self, name: str, reserved: set[str], now: float) -> bool:
-        """Take a node's resources. One that was passed over for long keeps smaller ones off what it waits for."""
-        resources = self.graph.nodes[name].resources
-        if self.ledger is None:
-            self.ledger = self.open_ledger()
-        if self.ledger is None:
-            return True
-        wanted = set(rank_demand(resources))
-        if not (wanted & reserved) and self.ledger.take(name, resources):
-            self.passed_over.pop(name, None)
-            return True
-        if now - self.passed_over.setdefault(name, now) > _PATIENCE_S:
-            reserved |= wanted
-        return False
-
-    def open_ledger(self) -> Ledger | None:
-        """Ask for the capacity, at the first miss (a run of hits never starts Ray). None when it is not counted."""
-        capacity = self.executor.capacity()
-        if capacity is not None:
-            rest = (node for name, node in self.graph.nodes.items() if name not in self.frontier.artifacts)
-            require_fit([(node.id, node.resources) for node in rest], capacity)
-        return None if capacity is None else Ledger(capacity)
+    def unmade(self) -> Iterator[str]:
+        """Nodes that have no artifact yet."""
+        return (name for name in self.graph.nodes if name not in self.frontier.artifacts)
 
     def start(self, name: str) -> bool:
         """Start a node whose resources are taken; False when another run is making the same artifact."""
@@ -270,11 +240,10 @@ class _Loop:
         key = self.keys.key(node, self.inputs[name].digests)
         lock = self.store.try_lock(key)
         if lock is None:
-            if self.ledger is not None:
-                self.ledger.give_back(name)
+            self.room.give_back(name)
             if name not in self.announced:
                 self.announced.add(name)
-                self.tell("member-log", name, message="waits for another run that is making the same artifact")
+                self.teller.tell("member-log", name, message="waits for another run that is making the same artifact")
             self.later[name] = time.monotonic() + _BUSY_S
             return False
         self.flights[name] = _Flight(lock, key)
@@ -292,22 +261,22 @@ class _Loop:
             return
         if signal.kind == "finished":
             self.land(name)
-            self.tell("member-finished", name, key=flight.key.digest, **signal.data)
+            self.teller.tell("member-finished", name, key=flight.key.digest, **signal.data)
             self.decide(self.settle(name, signal.data["digest"]))
         elif signal.kind == "failed":
             self.land(name)
             error = signal.error or RunFailed(f"{name} failed.")
             self.failed(name, flight, signal.cause or "infrastructure", error)
         elif signal.kind == "started":
-            flight.started = time.monotonic()
+            flight.started = flight.started or time.monotonic()
             demand = rank_demand(self.graph.nodes[name].resources)
-            self.tell("member-started", name, resources=demand, key=flight.key.digest, **signal.data)
+            self.teller.tell("member-started", name, resources=demand, key=flight.key.digest, **signal.data)
         elif signal.kind == "progress":
-            self.tell("member-progress", name, **signal.data)
+            self.teller.tell("member-progress", name, **signal.data)
         elif signal.kind == "metrics":
-            self.tell("member-metrics", name, **signal.data)
+            self.teller.tell("member-metrics", name, **signal.data)
         else:
-            self.tell("member-log", name, **signal.data)
+            self.teller.tell("member-log", name, **signal.data)
 
     def failed(self, name: str, flight: _Flight, cause: Cause, error: MoepipeError) -> None:
         """Decide about a failure."""
@@ -324,36 +293,19 @@ class _Loop:
         decision = policy.decide(cause, error.message)
         if decision.action == "stop":
             self.stop.set()
-            self.tell_failure(name, decision, error)
+            self.teller.failure(name, decision, error)
         elif decision.action == "retry":
-            self.tell_failure(name, decision, error)
+            self.teller.failure(name, decision, error)
             self.later[name] = time.monotonic() + backoff_s(decision.count)
-            capacity = self.executor.capacity()
-            if self.ledger is not None and capacity is not None:
-                self.ledger.resize(capacity)
+            self.room.refresh()
         else:
             self.fail(name, decision, error)
 
     def fail(self, name: str, decision: Decision, error: MoepipeError) -> None:
         """A node has failed for good."""
         self.failures[name] = Failure(name, decision.cause, error, str(self.run.log_path(name)))
-        self.tell_failure(name, decision, error)
+        self.teller.failure(name, decision, error)
         self.decide(self.settle(name, None))
-
-    def tell_failure(self, name: str, decision: Decision, error: MoepipeError) -> None:
-        """The event of a failure, with the decision's line."""
-        self.tell(
-            "member-failed",
-            name,
-            decision=decision.action,
-            cause=decision.cause,
-            count=decision.count,
-            limit=decision.limit,
-            error=error.message,
-            hint=error.hint,
-            code=error.code,
-            line=decision.line,
-        )
 
     def watch_time(self) -> None:
         """End members that are over their time."""
@@ -364,24 +316,10 @@ class _Loop:
                 flight.timed_out = True
                 self.executor.cancel(name, kill=True)
 
-    def watch_room(self) -> None:
-        """Follow a cluster that shrank: wait for machines to come back, then say what is missing."""
-        if self.flights or self.later or not self.ready or self.stopping or self.ledger is None:
-            self.idle_since = None
-            return
-        now = time.monotonic()
-        self.idle_since = self.idle_since or now
-        capacity = self.executor.capacity()
-        if capacity is not None:
-            self.ledger.resize(capacity)
-            if now - self.idle_since > PENDING_S:
-                require_fit([(name, self.graph.nodes[name].resources) for name in self.ready], capacity)
-
     def land(self, name: str) -> None:
         """A node is no longer in flight."""
         self.flights.pop(name).lock.release()
-        if self.ledger is not None:
-            self.ledger.give_back(name)
+        self.room.give_back(name)
 
     def release_all(self) -> None:
         """Let go of every lock."""

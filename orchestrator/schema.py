@@ -8,7 +8,9 @@ Source: JSON Schema draft 2020-12.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -74,9 +76,20 @@ def pipeline_schema(kinds: Iterable[str] | None = None) -> Json:
     }
 
 
-def schema_text() -> str:
-    """The text of ``pipelines/pipeline.schema.json``: shipped kinds only, so that it does not depend on plug-ins."""
-    return json.dumps(pipeline_schema(shipped_kinds()), indent=2, ensure_ascii=False) + "\n"
+def schema_text(kinds: Iterable[str] | None = None) -> str:
+    """:func:`pipeline_schema` as the text of a file."""
+    return json.dumps(pipeline_schema(kinds), indent=2, ensure_ascii=False) + "\n"
+
+
+def write_schema() -> None:
+    """Refresh ``pipelines/pipeline.schema.json`` (``python -m orchestrator.schema``, from a checkout).
+
+    Shipped kinds only, so that the file does not depend on plug-ins.
+    """
+    path = Path(__file__).parents[1] / "pipelines" / "pipeline.schema.json"
+    temporary = path.with_suffix(".part")
+    temporary.write_text(schema_text(shipped_kinds()), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _top(defs: Json) -> Json:
@@ -124,6 +137,9 @@ def _stage(kinds: list[str], defs: Json) -> Json:
 
 def _kind_rule(kind: str, stage: StageBase[Any], defs: Json) -> Json:
     defs[f"{kind}.config"] = _model(stage.Config, kind, defs)
+    if "preset" in stage.Config.model_fields:  # a preset fills in what is not written
+        for name in [name for name in defs if name.startswith(f"{kind}.")]:
+            defs[name].pop("required", None)
     doc = (stage.__class__.__doc__ or "").strip().splitlines()[0]
     then = {
         "properties": {
@@ -180,22 +196,22 @@ def _model(model: type[BaseModel], prefix: str, defs: Json) -> Json:
 
 def _object(schema: Json) -> Json:
     """A model's schema without titles, whose values may also be references."""
-    out = _untitled(schema)
+    out: Json = _untitled(schema)
     if "properties" in out:
         out["properties"] = {name: _referable(value) for name, value in out["properties"].items()}
     return out
 
 
-def _untitled(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [_untitled(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    named = ("properties", "$defs")
-    kept = {key: value for key, value in schema.items() if key != "title" or not isinstance(value, str)}
+def _untitled(value: Any) -> Any:
+    """Without pydantic's titles, which repeat the field's name; a field that is called title stays."""
+    if isinstance(value, list):
+        return [_untitled(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: child for key, child in value.items() if not (key == "title" and isinstance(child, str))}
     return {
-        key: {name: _untitled(v) for name, v in value.items()} if key in named else _untitled(value)
-        for key, value in kept.items()
+        key: {name: _untitled(item) for name, item in child.items()} if key == "properties" else _untitled(child)
+        for key, child in kept.items()
     }
 
 
@@ -219,3 +235,7 @@ def _inside(schema: Json) -> Json:
     return {
         key: _referable(schema[key]) for key in ("items", "additionalProperties") if isinstance(schema.get(key), dict)
     }
+
+
+if __name__ == "__main__":
+    write_schema()

@@ -115,7 +115,9 @@ class Store:
         try:
             filesystem, root = fsspec.core.url_to_fs(text)
         except (ValueError, ImportError) as error:
-            raise EnvironmentProblem(f"The store {text} cannot be opened: {error}.", "Install its fsspec driver.") from None
+            raise EnvironmentProblem(
+                f"The store {text} cannot be opened: {error}.", "Install its fsspec driver."
+            ) from None
         base = cache or Path(os.environ.get("MOEPIPE_CACHE") or Path("~/.cache/moepipe").expanduser())
         folder = base.resolve() / hashlib.sha256(text.encode()).hexdigest()[:16]
         _make_folder(folder)
@@ -228,7 +230,7 @@ class Store:
         """
         artifact = describe_folder(folder, kind, meta)
         place = f"artifacts/{artifact.digest}"
-        if size_problem(artifact, self.blobs.sizes(place)) or self.blobs.read(f"{place}/{MANIFEST}") is None:
+        if not self._intact(artifact):
             write_atomic(folder / MANIFEST, artifact.manifest())
             if folder.stat().st_dev != self.folder.stat().st_dev and self.is_local:
                 moved = self.staging()  # a rename does not cross file systems
@@ -240,6 +242,13 @@ class Store:
         if key is not None:
             self.remember(KeyRecord(key.digest, artifact.digest, dict(key.parts), node, seconds, artifact.bytes))
         return artifact
+
+    def _intact(self, artifact: Artifact) -> bool:
+        """Whether exactly this artifact is there. Local bytes are hashed, so that a rebuild heals silent damage."""
+        place = f"artifacts/{artifact.digest}"
+        if self.blobs.read(f"{place}/{MANIFEST}") != artifact.manifest():
+            return False
+        return not (self.verify(artifact) if self.is_local else size_problem(artifact, self.blobs.sizes(place)))
 
     def remember(self, record: KeyRecord) -> None:
         """Write the record of a key (the old or the new one is seen, never a part)."""
@@ -275,8 +284,10 @@ class Store:
     def drop_scratch(self, key: Key | str) -> None:
         """Remove the scratch folder and what lies beside it (stop flag, Ray Train's storage)."""
         digest = check_digest(key if isinstance(key, str) else key.digest)
-        for path in (self.folder / "scratch").glob(f"{digest}*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for suffix in ("", ".train"):
+            with suppress(FileNotFoundError):
+                shutil.rmtree(self.folder / "scratch" / f"{digest}{suffix}")
+        (self.folder / "scratch" / f"{digest}.stop").unlink(missing_ok=True)
 
     def try_lock(self, key: Key | str, role: str = "flight") -> FileLock | None:
         """Take the lock of ``key`` when nobody holds it, else None. ``release()`` it; it also ends with the process."""
@@ -302,4 +313,6 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EnvironmentProblem(f"The folder {folder} cannot be made: {error.strerror}.", "Choose another one.") from None
+        raise EnvironmentProblem(
+            f"The folder {folder} cannot be made: {error.strerror}.", "Choose another one."
+        ) from None

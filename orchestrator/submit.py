@@ -24,7 +24,7 @@ from orchestrator.store import Store
 from orchestrator.tracking_state import TrackingState, tracking_uri
 
 _WATCH_S = 0.5
-_WAIT_AFTER_WORK_S = 15.0
+_WAIT_AFTER_WORK_S = 10.0
 _WAIT_AFTER_HITS_S = 1.0
 
 
@@ -34,11 +34,18 @@ class Driven:
 
     Attributes:
         outcome: of the scheduler.
-        tracking: how far MLflow is; None when the pipeline does not track.
+        mirror: the process that writes to MLflow; None when the pipeline does not track.
     """
 
     outcome: Outcome
-    tracking: TrackingState | None
+    mirror: Mirror | None
+
+    def tracking(self) -> TrackingState | None:
+        """How far MLflow is, after a moment for the run's end. After a run of hits nobody waits."""
+        if self.mirror is None:
+            return None
+        worked = self.outcome.hits < len(self.outcome.artifacts)
+        return self.mirror.wait(_WAIT_AFTER_WORK_S if worked else _WAIT_AFTER_HITS_S)
 
 
 def make_executor(where: str, store: Store) -> Executor:
@@ -122,9 +129,7 @@ class _Watch(threading.Thread):
             self._display.note(f"warning: {problem}")
 
 
-def drive(
-    run: Run, graph: Graph, store: Store, executor: Executor, data_root: Path, display: Display
-) -> Driven:
+def drive(run: Run, graph: Graph, store: Store, executor: Executor, data_root: Path, display: Display) -> Driven:
     """Execute a run with progress, stop signals and tracking.
 
     What members print goes to stderr: stdout is for results.
@@ -152,12 +157,7 @@ def drive(
             outcome = execute(graph, store, run, executor, [begin, display], data_root, stops.stop, stops.kill)
     finally:
         watch.done.set()
-    if mirror is None:
-        return Driven(outcome, None)
-    worked = outcome.hits < len(graph.nodes)
-    state = mirror.wait(_WAIT_AFTER_WORK_S if worked else _WAIT_AFTER_HITS_S)
-    watch.report_tracking()
-    return Driven(outcome, state)
+    return Driven(outcome, mirror)
 
 
 def cancel(run: Run, wait_s: float) -> str:

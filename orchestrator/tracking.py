@@ -68,7 +68,9 @@ def connect(uri: str) -> Any:
         client.search_experiments(max_results=1)
         return client
     except Exception as error:
-        raise EnvironmentProblem(f"MLflow at {uri} does not work: {_first_line(error)}", "See moepipe doctor.") from error
+        raise EnvironmentProblem(
+            f"MLflow at {uri} does not work: {_first_line(error)}", "See moepipe doctor."
+        ) from error
 
 
 def _probe(uri: str) -> None:
@@ -119,7 +121,8 @@ class Projection:
     def advance(self) -> None:
         """Write the events that are not written yet and remember the position after the last one."""
         position = None
-        for event, position in self.run.follow(self.state.position):
+        for event, after in self.run.follow(self.state.position):
+            position = after
             self._remember(event)
             handler = getattr(self, "_on_" + event.kind.replace("-", "_"), None)
             if handler is not None:
@@ -190,7 +193,9 @@ class Projection:
             local = self.state.uri.startswith("sqlite:")
             place = (artifact_folder(self.store) / clean_key(name)).as_uri() if local else None
             with suppress(Exception):  # another process may have made it in between; the next line finds out
-                found = found or self.client.get_experiment(self.client.create_experiment(name, artifact_location=place))
+                found = found or self.client.get_experiment(
+                    self.client.create_experiment(name, artifact_location=place)
+                )
             self.state.experiment = (found or self.client.get_experiment_by_name(name)).experiment_id
         return self.state.experiment
 
@@ -209,14 +214,18 @@ class Projection:
             every["mlflow.parentRunId"] = self.state.runs[parent]
         query = f"tags.`moepipe.run` = '{self.run.id}' and tags.`moepipe.name` = '{name}'"
         found = self.client.search_runs([experiment], query, max_results=1)
-        made = None if found else self.client.create_run(experiment, int(when * 1000), tags=every, run_name=title)
-        self.state.runs[name] = (found[0] if found else made).info.run_id
+        made = found[0] if found else self.client.create_run(experiment, int(when * 1000), every, title)
+        self.state.runs[name] = made.info.run_id
         self.state.save(self._path)
         return True
 
     def _pipeline(self, when: float) -> str:
         spec = self.graph.spec
-        tags = {"moepipe.type": "pipeline", "moepipe.pipeline": spec.name, "moepipe.seeds": ",".join(map(str, spec.seeds))}
+        tags = {
+            "moepipe.type": "pipeline",
+            "moepipe.pipeline": spec.name,
+            "moepipe.seeds": ",".join(map(str, spec.seeds)),
+        }
         if self._start("", self.run.id, None, when, tags):
             self._params("", flatten(spec.model_dump(mode="json", exclude={"apiVersion", "tracking"})))
             self.client.log_dict(self.state.runs[""], spec.model_dump(mode="json"), "pipeline.json")
@@ -241,8 +250,11 @@ class Projection:
         parent = self._stage(node.stage, when)
         _, seed, member = parse_node(node_id)
         tags = {
-            **{"moepipe.type": "member", "moepipe.stage": node.stage, "moepipe.kind": node.kind},
-            **{"moepipe.member": member, "moepipe.algorithm": str(config.get("algorithm") or node.kind)},
+            "moepipe.type": "member",
+            "moepipe.stage": node.stage,
+            "moepipe.kind": node.kind,
+            "moepipe.member": member,
+            "moepipe.algorithm": str(config.get("algorithm") or node.kind),
         }
         if seed is not None:
             tags["moepipe.seed"] = str(seed)
@@ -328,5 +340,3 @@ class Projection:
             found = self.client.search_runs([self._experiment()], "tags.`moepipe.type` = 'member'", max_results=5000)
             self._keys = {run.data.tags.get("moepipe.key", ""): run.info.run_id for run in reversed(found)}
         return self._keys.get(key) if key else None
-
-

@@ -1,8 +1,8 @@
 """What the MLflow projection knows without MLflow: where it writes, how far it is, and what things are called.
 
-The state of a run's projection is one small JSON file, ``tracking/<run>.json`` in the store (an ended run's own folder is
-never written again). It makes the projection repeatable: what was
-written is known by position, and MLflow ignores the same point or tag written twice.
+The state of a run's projection is one small JSON file, ``tracking/<run>.json`` in the store (an ended run's own folder
+is never written again). It makes the projection repeatable: what was written is known by position, and MLflow ignores
+the same point or tag written twice.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def run_link(base: str, experiment: str, run: str) -> str:
 
 def comparison_link(base: str, experiment: str, runs: Sequence[str]) -> str:
     """Page that compares ``runs``: parameters, metrics, parallel coordinates."""
-    chosen, experiments = quote(json.dumps(list(runs))), quote(json.dumps([experiment]))
+    chosen, experiments = (quote(json.dumps(ids, separators=(",", ":"))) for ids in (list(runs), [experiment]))
     return f"{base}/#/compare-runs?runs={chosen}&experiments={experiments}"
 
 

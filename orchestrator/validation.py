@@ -6,15 +6,16 @@ which is read as YAML where the field is not text.
 
 from __future__ import annotations
 
-import json
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
 
 from moe.errors import MoepipeError, nearest
 from orchestrator.positions import EnvText, Path, Problem, SpecErrors, Tree, dotted, found
+from orchestrator.strictness import parse
 from orchestrator.yaml_reader import read_value
 
 M = TypeVar("M", bound=BaseModel)
@@ -54,36 +55,25 @@ _WHOLE = {"value_error", "assertion_error"}
 _BOOLEANS_OF_YAML_1_1 = {"yes", "no", "on", "off", "y", "n"}
 
 
-def validate(model: type[M], tree: Tree, prefix: Path = (), skip: Iterable[str] = ()) -> tuple[M | None, list[Problem]]:
+def validate(model: type[M], tree: Tree, prefix: Path = ()) -> tuple[M | None, list[Problem]]:
     """Validate a subtree against a model.
 
     Args:
         model: pydantic model.
         tree: the subtree; text of environment variables in it is replaced by the values it stands for.
         prefix: field path of the subtree, for messages.
-        skip: keys of the subtree that are not the model's.
 
     Returns:
         The model, or None, and the problems. Values already reported as broken give no problem again, but no model
         either.
     """
-    left_out = set(skip)
-
-    def attempt() -> M:
-        raw = {key: value for key, value in tree.plain().items() if key not in left_out}
-        return model.model_validate_json(json.dumps(raw), strict=True)
-
     try:
-        try:
-            return attempt(), []
-        except ValidationError as error:
-            if not _read_environment(error, tree):
-                raise
-        return attempt(), []
-    except ValidationError as error:
-        return None, _problems(error, model, tree, prefix)
+        found_model, errors = parse(model, tree.plain())
+        if found_model is None and _read_environment(errors, tree):
+            found_model, errors = parse(model, tree.plain())
     except MoepipeError as error:  # a model's own validator looked something up
         return None, [] if is_broken(tree) else [Problem(tree.key, dotted(prefix), error.message, error.hint)]
+    return found_model, _problems(errors, model, tree, prefix)
 
 
 def is_broken(tree: Tree) -> bool:
@@ -95,10 +85,10 @@ def is_broken(tree: Tree) -> bool:
     return tree.broken
 
 
-def _read_environment(error: ValidationError, tree: Tree) -> bool:
+def _read_environment(errors: Sequence[ErrorDetails], tree: Tree) -> bool:
     """Turn the environment texts that the errors point at into YAML values; True when there was one."""
     changed = False
-    for item in error.errors(include_url=False, include_context=False, include_input=False):
+    for item in errors:
         here, _ = tree.find(item["loc"])
         if isinstance(here.value, EnvText):
             try:
@@ -110,12 +100,12 @@ def _read_environment(error: ValidationError, tree: Tree) -> bool:
     return changed
 
 
-def _problems(error: ValidationError, model: type[BaseModel], tree: Tree, prefix: Path) -> list[Problem]:
+def _problems(errors: Sequence[ErrorDetails], model: type[BaseModel], tree: Tree, prefix: Path) -> list[Problem]:
     """One problem per place; the branches of a union are told as one sentence."""
     wanted: dict[Path, tuple[Tree, list[str], str]] = {}
     out: list[Problem] = []
     union: set[Path] = set()
-    for item in error.errors(include_url=False):
+    for item in errors:
         loc: Path = item["loc"]
         here, rest = tree.find(loc)
         if here.broken or (item["type"] in _WHOLE and is_broken(here)):

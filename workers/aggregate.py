@@ -18,13 +18,21 @@ from workers.checkpoints import CheckpointDir
 from workers.context import Reporter
 from workers.datasets.base import DomainData, IntArray
 from workers.device import setup
-from workers.engines.base import OptimizerOptions, ParamGroup
+from workers.engines.base import ParamGroup
 from workers.engines.torch import TorchEngine
 from workers.features import FeatureTable
 from workers.loop import fit, mix
 from workers.modelfile import AGGREGATOR_FILE
-from workers.sampling import EpochSampler
-from workers.train_model import TrainResult, TrainSettings, finish, loop_spec, score_logits
+from workers.settings import TrainSettings
+from workers.train_model import (
+    TrainResult,
+    finish,
+    loop_spec,
+    optimizer_options,
+    row_sampler,
+    score_logits,
+    total_steps,
+)
 
 if TYPE_CHECKING:
     from moe.aggregator import Aggregator
@@ -42,6 +50,7 @@ def train_aggregator(
     output: Path | None,
     *,
     seed: int = 0,
+    threads: int = 1,
 ) -> TrainResult:
     """Train ``aggregator`` on cached tokens of all experts and write ``output/aggregator.safetensors``.
 
@@ -56,14 +65,15 @@ def train_aggregator(
         scratch: checkpoints.
         output: folder of the result; None writes nothing.
         seed: of shuffling, variants and dropout.
+        threads: compute threads.
 
     Raises:
         DataError: the cache lacks a row.
         RunFailed: the loss is not finite.
     """
-    device = setup(settings.threads, settings.device).device
-    sampler = EpochSampler(rows, settings.batch_size, mix(seed, 1), settings.drop_last)
-    steps = settings.epochs * sampler.steps_per_epoch
+    device = setup(threads, settings.device).device
+    sampler = row_sampler(settings, data, rows, mix(seed, 1))
+    steps = total_steps(settings, sampler.steps_per_epoch)
     labels = torch.from_numpy(np.ascontiguousarray(data.labels))
 
     def batches(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -73,10 +83,9 @@ def train_aggregator(
             variants = np.random.default_rng((mix(seed, 2), step)).integers(table.variants, size=len(chosen))
         return [(table.tokens(chosen, variants).to(device), labels[torch.from_numpy(chosen)].to(device))]
 
-    options = OptimizerOptions(settings.optimizer, momentum=0.9, clip=settings.clip, precision=settings.precision)
     group = ParamGroup("aggregator", list(aggregator.parameters()), settings.lr, settings.weight_decay)
     result = fit(
-        TorchEngine(aggregator, [group], options, device),
+        TorchEngine(aggregator, [group], optimizer_options(settings), device),
         batches,
         loop_spec(settings, steps, sampler.steps_per_epoch, seed, data.info.selection_metric),
         reporter,
@@ -95,7 +104,7 @@ def aggregator_loss(task: str) -> Any:
 
     def loss(module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> Losses:
         tokens, labels = batch
-        return Losses(task_loss(task, module(tokens).logits, labels), {})
+        return Losses(task_loss(task, module(tokens).logits_BK, labels), {})
 
     return loss
 
@@ -110,5 +119,5 @@ def evaluate_aggregator(
 ) -> dict[str, float]:
     """Scores of the aggregator used as a classifier over all experts' tokens."""
     with torch.inference_mode():
-        parts = [module(table.tokens(piece).to(device)).logits.float().cpu() for piece in chunks(rows, batch_size)]
+        parts = [module(table.tokens(piece).to(device)).logits_BK.float().cpu() for piece in chunks(rows, batch_size)]
     return score_logits(data, rows, torch.cat(parts).numpy())

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from moe.errors import DataError
 from workers.datasets.base import Images, IntArray
 from workers.transforms import Transform
 
@@ -55,7 +56,7 @@ class ImageReader:
         Raises:
             DataError: an image is corrupt or missing (named).
         """
-        # A dimension of size 1 may carry any stride, and convolutions choose their kernel (and so the last bit) by strides.
+        # A dimension of size 1 may carry any stride, and convolutions choose kernels (so the last bit) by strides.
         images = self._transformed(rows, variants)
         return images.reshape(-1).view(images.shape)
 
@@ -126,6 +127,30 @@ class Prefetcher(Generic[T]):
         """End the thread; batches not asked for are dropped."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class DomainSampler:
+    """Batches in which every domain is equally likely at every place, whatever its size.
+
+    Args:
+        rows: row numbers, ``[N]``.
+        domains: domain of each, ``[N]``.
+        batch_size: rows per batch.
+        seed: the batch of a step depends on nothing but (seed, step).
+    """
+
+    def __init__(self, rows: IntArray, domains: IntArray, batch_size: int, seed: int) -> None:
+        if not len(rows):
+            raise DataError("There are no rows to train on.", "Check the split and the domain group.")
+        self._by_domain = [rows[domains == domain] for domain in np.unique(domains)]
+        self._batch_size, self._seed = batch_size, seed
+        self.steps_per_epoch = -(-len(rows) // batch_size)
+
+    def batch(self, step: int) -> IntArray:
+        """Row numbers of ``step``, int64 ``[batch_size]``; a domain's rows are drawn with replacement."""
+        rng = np.random.default_rng((self._seed, step))
+        chosen = rng.integers(len(self._by_domain), size=self._batch_size)
+        return np.array([rng.choice(self._by_domain[domain]) for domain in chosen], dtype=np.int64)
 
 
 def chunks(rows: IntArray, size: int) -> Sequence[IntArray]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moe.errors import DataError, SpecError
 from workers.context import Input
@@ -60,6 +62,38 @@ def write_index(data: DomainData, options: Mapping[str, Any], folder: Path) -> d
         "domains": {name: len(np.unique(domains[rows])) for name, rows in data.splits.items()},
         "miniature": "_miniature" in data.value_names,
     }
+
+
+@dataclass(frozen=True)
+class Index:
+    """Labels, metadata and splits as they were prepared; no images.
+
+    Attributes:
+        domain_field: metadata column whose value decides which expert owns a row.
+        labels: ``[N]``.
+        metadata: int64 ``[N, C]``.
+        fields: names of the C columns.
+        splits: split name -> ascending rows.
+    """
+
+    domain_field: str
+    labels: NDArray[np.generic]
+    metadata: IntArray
+    fields: tuple[str, ...]
+    splits: Mapping[str, IntArray]
+
+    def column(self, name: str, rows: IntArray) -> IntArray:
+        """Metadata column ``name`` of ``rows``."""
+        return self.metadata[rows, self.fields.index(name)]
+
+
+def read_index(artifact: Input) -> Index:
+    """The rows of a ``data`` artifact, without opening the data set."""
+    with np.load(artifact.path / INDEX, allow_pickle=False) as archive:
+        splits = {name[6:]: archive[name] for name in archive.files if name.startswith("split/")}
+        info = DATASETS.load(artifact.meta["dataset"]).INFO
+        fields = tuple(artifact.meta["fields"])
+        return Index(info.domain_field, archive["labels"], archive["metadata"], fields, splits)
 
 
 def open_data(artifact: Input, root: Path) -> DomainData:

@@ -20,6 +20,7 @@ from workers.datasets.base import IntArray
 if TYPE_CHECKING:
     from moe.adaptation.base import Adaptation
     from moe.aggregator import Aggregator
+    from moe.specs import BackboneSpec
     from moe.student import Student
     from workers.features import FeatureTable
 
@@ -48,7 +49,7 @@ class Method:
     name: str
     label: str
     model: nn.Module
-    adaptation: Adaptation | None = None
+    adaptation: Adaptation[Any] | None = None
     reference: str = ""
     reads: Literal["images", "tokens"] = "images"
 
@@ -58,25 +59,27 @@ class Models:
     """The networks of one seed; all on one device and in evaluation mode. What is None is left out of the table.
 
     Attributes:
-        erm: the baseline as a classifier (raw network) or a student.
+        erm: the baseline; as :func:`baseline_student` makes it, so that it can be adapted.
         student: after meta-distillation.
         aggregator: its teacher.
         oracle: trained with labels of the test domains: the ceiling.
     """
 
-    erm: nn.Module | None = None
+    erm: Student | None = None
     student: Student | None = None
     aggregator: Aggregator | None = None
     oracle: nn.Module | None = None
 
 
-def standard_methods(models: Models, adaptations: Mapping[str, Mapping[str, Adaptation]], task: str) -> list[Method]:
+def standard_methods(
+    models: Models, adaptations: Mapping[str, Mapping[str, Adaptation[Any]]], task: str
+) -> list[Method]:
     """The rows of the table in their order: ERM and its adaptations, aggregator, student and its adaptations, oracle.
 
     Args:
         models: what there is.
-        adaptations: ``erm`` or ``student`` -> registry name -> adaptation.
-        task: ``regression`` leaves out Tent (no predicted distribution).
+        adaptations: ``erm`` or ``student`` -> registry name -> adaptation (taken over to ``task``).
+        task: ``regression`` leaves out Tent (no predicted distribution); ``bn`` is left out without BatchNorm.
 
     Raises:
         SpecError: an adaptation is given for a network that is not there.
@@ -94,10 +97,12 @@ def standard_methods(models: Models, adaptations: Mapping[str, Mapping[str, Adap
             continue
         methods.append(Method(name, LABELS[name], model, reads="tokens" if name == "aggregator" else "images"))
         for kind, adaptation in wanted.items():
-            if kind == "none" or (kind == "tent" and task == "regression"):
+            impossible = (kind == "tent" and task == "regression") or (kind == "bn" and not has_batch_norm(model))
+            if kind == "none" or impossible:
                 continue
             label = f"{LABELS[name]} + {ADAPTATION_LABELS.get(kind, kind)}"
-            methods.append(Method(f"{name}_{kind}", label, model, adaptation, reference=name))
+            fitting = adaptation if adaptation.task == task else type(adaptation)(adaptation.config, task)
+            methods.append(Method(f"{name}_{kind}", label, model, fitting, reference=name))
     return methods
 
 
@@ -162,7 +167,7 @@ class ImageSource:
     """
 
     def __init__(self, reader: ImageReader, device: torch.device, count: int, seed: int) -> None:
-        self._reader, self._device = reader, device
+        self._reader, self.device = reader, device
         variants = reader.transform.variants
         self._variants = np.random.default_rng((seed, 8)).integers(variants, size=count) if variants > 1 else None
 
@@ -172,10 +177,10 @@ class ImageSource:
 
     def __call__(self, rows: IntArray) -> Tensor:
         """Images ``[B, C, H, W]``."""
-        return self._reader.read(rows, self.variants(rows)).to(self._device)
+        return self._reader.read(rows, self.variants(rows)).to(self.device)
 
 
-def adaptation_of(name: str, config: Mapping[str, Any] | None = None) -> Adaptation:
+def adaptation_of(name: str, options: Mapping[str, Any] | None = None, task: str = "multiclass") -> Adaptation[Any]:
     """The adaptation ``name`` of the registry with its settings.
 
     Raises:
@@ -183,13 +188,41 @@ def adaptation_of(name: str, config: Mapping[str, Any] | None = None) -> Adaptat
     """
     from pydantic import ValidationError
 
-    from moe.adaptation.base import ADAPTATIONS
+    from moe.adaptation.base import ADAPTATIONS, make
 
-    kind = ADAPTATIONS.load(name).Adaptation
     try:
-        return kind(kind.Config(**(config or {})))
+        return make(name, options, task)
     except ValidationError as error:
         found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        fields = ADAPTATIONS.load(name).Method.Config.model_fields
         raise SpecError(
-            f"Adaptation {name!r} refuses its settings: {found}.", f"Fields: {', '.join(kind.Config.model_fields)}."
+            f"Adaptation {name!r} refuses its settings: {found}.", f"It takes: {', '.join(fields) or 'nothing'}."
         ) from None
+
+
+def baseline_student(spec: BackboneSpec, num_outputs: int, state: Mapping[str, Tensor]) -> Student:
+    """A classifier's weights as an adaptable student that gives the classifier's own logits.
+
+    Differs: by default the student view of the DenseNet family has no ReLU after the last BatchNorm (parity with the
+    public checkpoints); a classifier that was trained with it keeps it here.
+
+    Args:
+        spec: architecture.
+        num_outputs: K.
+        state: weights under the classifier's names.
+
+    Raises:
+        CheckpointError: the weights do not fit.
+    """
+    from moe.backbones import build_student, classifier_to_student
+
+    dense = spec.name.startswith("torchvision:densenet")
+    student = build_student(spec.model_copy(update={"last_relu": True}) if dense else spec, num_outputs)
+    student.load_state_dict(classifier_to_student(spec, state))
+    return student.eval()
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether ``model`` keeps BatchNorm statistics that ``bn`` could re-estimate."""
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return any(norm.running_mean is not None for norm in norms)

@@ -27,6 +27,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _DPI = 144
 _MOST_DOMAINS = 60  # more than this many bars cannot be told apart on a page
+_MOST_PANELS = 4
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
@@ -114,47 +115,40 @@ def domain_bars(results: Sequence[EvaluationResult], before: str, after: str) ->
 
 @_styled
 def attention_map(results: Sequence[EvaluationResult]) -> bytes:
-    """Heat map of the attention mass that each expert (columns) receives from each domain (rows), mean over seeds.
+    """Heat maps of the attention that each expert (columns) receives from each domain (rows), one panel per seed.
 
-    Seeds divide the domains over the experts differently, so with several seeds column ``i`` is just "expert i of each
-    seed"; give one result for a map whose columns can be named.
+    Seeds divide the training domains differently over the experts, so their maps are not averaged; the first four are
+    shown. The scale is centred on an even share: lighter than the middle means listened to more than others.
 
     Raises:
         DataError: no result has attention, or they do not fit together.
     """
-    maps = [result.attention for result in results if result.attention is not None]
-    if not maps or any(m.domains != maps[0].domains or len(m.experts) != len(maps[0].experts) for m in maps):
+    found = [(result.seed, result.attention) for result in results if result.attention is not None][:_MOST_PANELS]
+    if not found or any(
+        m.domains != found[0][1].domains or len(m.experts) != len(found[0][1].experts) for _, m in found
+    ):
         raise DataError("There is no attention to draw, or it is of different domains.", "Evaluate the aggregator.")
-    mass = np.mean([np.array(m.mass) for m in maps], axis=0)
-    experts, domains = maps[0].experts, maps[0].domains
-    longest = max(len(name) for name in experts)
-    figure, axes = _figure(2.6 + 0.72 * len(experts), 1.4 + 0.34 * len(domains) + 0.05 * longest)
-    # the scale is centred on an even share: lighter than the middle means listened to more than the others
-    spread = max(float(np.abs(mass - 1 / len(experts)).max()), 1e-3)
+    experts, domains = found[0][1].experts, found[0][1].domains
     even = 1 / len(experts)
-    image = axes.imshow(mass, cmap="cividis", aspect="auto", vmin=max(0.0, even - spread), vmax=even + spread)
-    axes.set_xticks(
-        np.arange(len(experts)), experts, rotation=35 if longest > 4 else 0, ha="right" if longest > 4 else "center"
-    )
-    axes.set_yticks(np.arange(len(domains)), domains)
-    axes.grid(visible=False)
-    for row, column in np.ndindex(mass.shape) if mass.size <= 600 else ():
-        value = float(mass[row, column])
-        axes.text(
-            column,
-            row,
-            f"{100 * value:.0f}",
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="black" if value > even + 0.1 * spread else "white",
-        )
-    bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.03)
-    bar.set_label(f"attention mass (even share {100 * even:.0f}%)")
+    spread = max(*(abs(share - even) for _, m in found for row in m.mass for share in row), 1e-3)
+    width = 2.6 + (0.3 + 0.5 * len(experts)) * len(found)
+    figure, _ = _figure(width, 1.5 + 0.32 * len(domains), panels=len(found))
+    for axes, (seed, attention) in zip(figure.axes, found, strict=True):
+        mass = np.array(attention.mass)
+        image = axes.imshow(mass, cmap="cividis", aspect="auto", vmin=max(0.0, even - spread), vmax=even + spread)
+        names = [name.removeprefix("expert ") for name in attention.experts]
+        axes.set_xticks(np.arange(len(names)), names, rotation=45 if max(map(len, names)) > 5 else 0)
+        axes.set_yticks(np.arange(len(domains)), domains)
+        axes.set_xlabel("expert" if len(found) == 1 else f"expert (seed {seed})")
+        axes.grid(visible=False)
+        for row, column in np.ndindex(mass.shape) if mass.size <= 600 else ():
+            value = float(mass[row, column])
+            colour = "black" if value > even + 0.1 * spread else "white"
+            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    bar = figure.colorbar(image, ax=figure.axes, fraction=0.05, pad=0.02)
+    bar.set_label(f"attention (even share {100 * even:.0f}%)")
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
-    axes.set_title("Which experts the aggregator listens to, in %")
-    axes.set_xlabel("expert")
-    axes.set_ylabel("domain")
+    figure.axes[0].set_title("Attention by expert, in %", loc="left")
     return _png(figure)
 
 
@@ -239,16 +233,18 @@ def _signed(value: float, result: EvaluationResult) -> str:
     return f"{value:+.3f}" if result.task == "regression" else f"{value:+.1f}"
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Axes]:
+    """A figure of that many panels side by side on one y axis, and its first panel."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return figure, axes
+    all_axes = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    first: Axes = all_axes[0]
+    return figure, first
 
 
 def _png(figure: Figure) -> bytes:

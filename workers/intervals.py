@@ -62,7 +62,8 @@ class PairedBootstrap:
     def draw(self, replicate: int) -> IntArray:
         """Row positions of one resample, grouped by domain (ascending), int64 ``[N]``."""
         uniform = np.random.default_rng((self.seed, replicate)).random(len(self._order))
-        return self._order[self._starts + (uniform * self._sizes).astype(np.int64)]
+        places: IntArray = self._starts + (uniform * self._sizes).astype(np.int64)
+        return self._order[places]
 
     def run(self, statistics: Mapping[str, Statistic]) -> dict[str, FloatArray]:
         """All statistics on all resamples, by name, float64 ``[R, S]``."""

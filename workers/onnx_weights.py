@@ -23,7 +23,6 @@ from workers.datasets._arrays import install_hint, sha256_file
 
 LAYERS = 12
 SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
-FILE = Path("models") / "vit_s_focus.onnx"
 
 
 def vit_small_state(path: Path, image_size: int, sha256: str | None = SHA256) -> dict[str, Tensor]:

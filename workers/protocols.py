@@ -1,8 +1,8 @@
 """Who is adapted on what, and scored on what.
 
-``official``: the public code's transductive procedure: adapt on the first ``support_size`` rows of each domain (data-set
-order), score all rows of the domain, those included. ``split``: adapt on the domain's rows of a separate unlabelled
-split (``test_support`` for ``test``), score the others; the embedded sets are made for it.
+``official``: the public code's transductive procedure: adapt on the first ``support_size`` rows of each domain (in
+data-set order), score all rows of the domain, those included. ``split``: adapt on the domain's rows of a separate
+unlabelled split (``test_support`` for ``test``), score the others; the embedded sets are made for it.
 Source: Meta-DMoE (arXiv 2210.03885), section 5 and public code.
 """
 

@@ -246,6 +246,34 @@ class EpochSampler:
         return self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
 
 
+class DomainSampler:
+    """Batches in which every domain is equally likely, whatever its size; rows within a domain too, with replacement.
+
+    Args:
+        rows: row indices.
+        group: ``[len(rows)]`` domain id of each of them.
+        batch_size: rows per batch.
+        seed: seed of this sampler; the batch of a step depends on nothing but (seed, step).
+    """
+
+    def __init__(self, rows: IntArray, group: NDArray[Any], batch_size: int, seed: int) -> None:
+        if batch_size < 1:
+            raise SpecError(f"batch_size is {batch_size}.", "A batch needs at least one row.")
+        if not len(rows):
+            raise DataError("There are no rows to train on.", "Check the split and the domain group.")
+        self.batch_size, self.seed = batch_size, seed
+        self._rows = [np.asarray(rows, dtype=np.int64)[part] for part in _rows_by_group(np.asarray(group))]
+        self._sizes = np.array([len(part) for part in self._rows])
+        self.steps_per_epoch = -(-len(rows) // batch_size)
+
+    def batch(self, step: int) -> IntArray:
+        """Row indices of ``step``, int64 ``[batch_size]``."""
+        generator = np.random.default_rng((self.seed, step))
+        domains = generator.integers(len(self._rows), size=self.batch_size)
+        places = generator.integers(self._sizes[domains])
+        return np.array([self._rows[d][p] for d, p in zip(domains, places, strict=True)], dtype=np.int64)
+
+
 def domain_batches(group: NDArray[Any], batch_size: int) -> list[tuple[int, list[IntArray]]]:
     """Evaluation batches: the rows of each domain, ascending, cut into consecutive batches.
 

@@ -59,3 +59,37 @@ def cosine_warmup(warmup_steps: int, total_steps: int) -> Callable[[int], float]
         return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
     return multiplier
+
+
+def one_cycle(total_steps: int, warmup: float = 0.1, start: float = 0.04, end: float = 4e-6) -> Callable[[int], float]:
+    """Half-cosine from ``start`` up to 1 over the first ``warmup`` share of the steps, then down to ``end``.
+
+    The shape (and the defaults) of ``torch.optim.lr_scheduler.OneCycleLR`` with ``pct_start=0.1`` as multipliers of the
+    highest rate. Source: Smith & Topin, Super-Convergence, arXiv 1708.07120.
+
+    Args:
+        total_steps: T >= 1.
+        warmup: share of rising steps, 0 to 1.
+        start: multiplier of update 0.
+        end: multiplier of the last update.
+
+    Raises:
+        SpecError: outside these ranges.
+    """
+    if total_steps < 1 or not 0 <= warmup <= 1:
+        raise SpecError(
+            f"total_steps is {total_steps} and warmup is {warmup}.", "Use at least one step and a share from 0 to 1."
+        )
+    peak = warmup * total_steps - 1
+
+    def multiplier(step: int) -> float:
+        if step < peak:
+            return _half_cosine(start, 1.0, step / peak)
+        last = total_steps - 1
+        return _half_cosine(1.0, end, min(1.0, (step - peak) / (last - peak))) if last > peak else 1.0
+
+    return multiplier
+
+
+def _half_cosine(begin: float, end: float, progress: float) -> float:
+    return end + (begin - end) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -116,7 +116,7 @@ def _cluster(rows: IntArray, labels: NDArray[Any], concentration: float, generat
         cuts = np.round(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
         for slot, part in zip(slots, np.split(members, cuts), strict=True):
             slot.append(part)
-    ordered = []
+    ordered: list[IntArray] = []
     for slot in slots:
         ordered.extend(slot[index] for index in generator.permutation(len(slot)))
     return np.concatenate(ordered)

@@ -9,94 +9,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from moe.errors import SpecError
-from workers.batches import ImageReader, Prefetcher, chunks
+from workers.batches import DomainSampler, ImageReader, Prefetcher, chunks
 from workers.checkpoints import CheckpointDir
 from workers.context import Reporter
 from workers.datasets.base import DomainData, IntArray
 from workers.device import setup
-from workers.engines.base import OptimizerOptions, ParamGroup, Precision
+from workers.engines.base import OptimizerOptions, ParamGroup
 from workers.engines.torch import TorchEngine
 from workers.loop import FitResult, LoopSpec, Schedule, epoch_halves, every, fit, mix, official_halves
 from workers.metrics import score
 from workers.modelfile import MODEL_FILE, save_tensors
 from workers.sampling import EpochSampler, group_index
-from workers.schedules import constant, cosine_warmup, exponential_per_epoch
+from workers.schedules import constant, cosine_warmup, exponential_per_epoch, one_cycle
+from workers.settings import TrainSettings
 from workers.transforms import Transform, transform_for
 
-Cadence = Literal["official", "halves", "epoch", "steps"]
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How to train; every default is Meta-DMoE's where it has one.
-
-    Attributes:
-        batch_size: images per update.
-        epochs: passes over the rows.
-        lr: base rate of Adam.
-        head_lr: rate of the last layer; ``lr`` when None.
-        weight_decay: L2 (Adam, SGD) or decoupled (AdamW).
-        optimizer: ``adam``, ``adamw`` or ``sgd`` (momentum 0.9).
-        schedule: ``exponential`` (per epoch), ``cosine`` (warm-up per step), ``constant``.
-        decay: factor per epoch of ``exponential``.
-        warmup_epochs: of ``cosine``.
-        micro_batch: split a batch into pieces of at most so many images (memory); None is the whole batch.
-        clip: largest gradient norm, or None.
-        precision: ``fp32`` or ``bf16`` (autocast).
-        ema_decay: average the weights, or None.
-        cadence: when to evaluate: ``official`` (multiples of half an epoch but 0), ``halves`` (middle and end of each
-            epoch), ``epoch``, ``steps`` (every ``evaluate_every``). The last update is always evaluated as well.
-        evaluate_every: updates between evaluations under ``steps``.
-        select: ``best`` validation state or ``last``.
-        parity: ``official``: a state is only selected when its score exceeds 0.
-        patience: evaluations without improvement before stopping, or None.
-        checkpoint_every: updates between checkpoints.
-        drop_last: leave out the short last batch of an epoch.
-        image_size: side in pixels, or None for the official size.
-        eval_batch_size: images per forward pass of evaluations.
-        threads: compute threads.
-        loader_threads: decoding threads.
-        device: ``auto``, ``cpu``, ``cuda``.
-    """
-
-    batch_size: int
-    epochs: int
-    lr: float
-    head_lr: float | None = None
-    weight_decay: float = 0.0
-    optimizer: str = "adam"
-    schedule: Literal["exponential", "cosine", "constant"] = "exponential"
-    decay: float = 0.96
-    warmup_epochs: int = 10
-    micro_batch: int | None = None
-    clip: float | None = None
-    precision: Precision = "fp32"
-    ema_decay: float | None = None
-    cadence: Cadence = "official"
-    evaluate_every: int = 100
-    select: Literal["best", "last"] = "best"
-    parity: Literal["official", "fixed"] = "fixed"
-    patience: int | None = None
-    checkpoint_every: int = 200
-    drop_last: bool = False
-    image_size: int | None = None
-    eval_batch_size: int = 128
-    threads: int = 1
-    loader_threads: int = 0
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "evaluate_every", "eval_batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise SpecError(f"{name} is {getattr(self, name)}.", "It must be at least 1.")
+__all__ = ["TrainResult", "TrainSettings", "train_model"]
 
 
 @dataclass(frozen=True)
@@ -125,6 +60,7 @@ def train_model(
     output: Path | None,
     *,
     seed: int = 0,
+    threads: int = 1,
     transforms: tuple[Transform, Transform] | None = None,
 ) -> TrainResult:
     """Train ``init`` on ``rows`` and write the selected state to ``output/model.safetensors``.
@@ -139,13 +75,14 @@ def train_model(
         scratch: checkpoints live here; an interrupted call continues from them, bit-equal.
         output: folder of the result; None writes nothing.
         seed: of shuffling, augmentation and dropout.
+        threads: compute threads.
         transforms: (training, evaluation); by default the data set's official ones at ``settings.image_size``.
 
     Raises:
         RunFailed: the loss is not finite.
         Interrupted: a stop was asked for; the last checkpoint is kept.
     """
-    device = setup(settings.threads, settings.device).device
+    device = setup(threads, settings.device).device
     train_transform, eval_transform = transforms or (
         transform_for(data.info, settings.image_size, train=True),
         transform_for(data.info, settings.image_size, train=False),
@@ -153,8 +90,8 @@ def train_model(
     reader = ImageReader(data.images, train_transform, settings.loader_threads)
     same = eval_transform.identity == train_transform.identity
     eval_reader = reader if same else ImageReader(data.images, eval_transform, settings.loader_threads)
-    sampler = EpochSampler(rows, settings.batch_size, mix(seed, 1), settings.drop_last)
-    steps = settings.epochs * sampler.steps_per_epoch
+    sampler = row_sampler(settings, data, rows, mix(seed, 1))
+    steps = total_steps(settings, sampler.steps_per_epoch)
     labels = torch.from_numpy(np.ascontiguousarray(data.labels))
 
     def batches(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -164,7 +101,7 @@ def train_model(
         size = settings.micro_batch or len(chosen)
         return list(zip(torch.split(images, size), torch.split(targets, size), strict=True))
 
-    engine = TorchEngine(init, _groups(init, settings), _optimizer(settings), device)
+    engine = TorchEngine(init, _groups(init, settings), optimizer_options(settings), device)
     prefetch = Prefetcher(batches, steps, depth=2 if settings.loader_threads else 0)
     try:
         result = fit(
@@ -189,6 +126,7 @@ def supervised_loss(task: str) -> Any:
     """``(module, (images, labels)) -> Losses``: the task loss, plus the balance loss of an MoE block if it has one."""
     from moe.backbones import Student
     from moe.losses import Losses, task_loss
+    from moe.meta_step import balance_weight
 
     def loss(module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> Losses:
         images, labels = batch
@@ -196,9 +134,22 @@ def supervised_loss(task: str) -> Any:
             return Losses(task_loss(task, module(images), labels), {})
         out = module.run(images)
         value, balance = task_loss(task, out.logits_BK, labels), cast(torch.Tensor, out.balance)
-        return Losses(value + module.moe.spec.balance_weight * balance, {"task": value, "balance": balance})
+        return Losses(value + balance_weight(module) * balance, {"task": value, "balance": balance})
 
     return loss
+
+
+def row_sampler(settings: TrainSettings, data: DomainData, rows: IntArray, seed: int) -> EpochSampler | DomainSampler:
+    """Who is in which batch: shuffled epochs, or every domain equally often."""
+    if settings.sampling == "rows":
+        return EpochSampler(rows, settings.batch_size, seed, settings.drop_last)
+    return DomainSampler(rows, data.column(data.info.domain_field, rows), settings.batch_size, seed)
+
+
+def total_steps(settings: TrainSettings, per_epoch: int) -> int:
+    """Updates of a stage whose epochs have ``per_epoch`` batches: epochs, bounded by ``steps`` when both are given."""
+    by_epochs = settings.epochs * per_epoch if settings.epochs is not None else settings.steps
+    return min(limit for limit in (by_epochs, settings.steps) if limit is not None)
 
 
 def loop_spec(settings: TrainSettings, steps: int, per_epoch: int, seed: int, metric: str) -> LoopSpec:
@@ -207,6 +158,7 @@ def loop_spec(settings: TrainSettings, steps: int, per_epoch: int, seed: int, me
         "exponential": exponential_per_epoch(settings.decay, per_epoch),
         "cosine": cosine_warmup(settings.warmup_epochs * per_epoch, steps),
         "constant": constant(),
+        "onecycle": one_cycle(steps),
     }
     after = {
         "official": official_halves(per_epoch),
@@ -269,7 +221,8 @@ def _groups(module: nn.Module, settings: TrainSettings) -> list[ParamGroup]:
     ]
 
 
-def _optimizer(settings: TrainSettings) -> OptimizerOptions:
+def optimizer_options(settings: TrainSettings) -> OptimizerOptions:
+    """The optimiser that the settings name."""
     return OptimizerOptions(settings.optimizer, momentum=0.9, clip=settings.clip, precision=settings.precision)
 
 

@@ -138,7 +138,9 @@ def selector_arguments(state: Mapping[str, Tensor], heads: int = 16) -> dict[str
         outputs, dim = state["mlp.1.weight"].shape
         hidden = state["transformer.layers.0.1.fn.net.0.weight"].shape[0]
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"This is not an aggregator: {error} is missing.", "Check which file was given.") from None
+        raise CheckpointError(
+            f"This is not an aggregator: {error} is missing.", "Check which file was given."
+        ) from None
     depth = len({name.split(".")[2] for name in state if name.startswith("transformer.layers.")})
     return {"dim": dim, "num_outputs": outputs, "depth": depth, "heads": heads, "mlp_ratio": hidden / dim}
 

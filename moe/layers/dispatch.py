@@ -46,5 +46,5 @@ def combine(y_MD: Tensor, sent: Dispatch, weights_NK: Tensor) -> Tensor:
     A token whose choices were all dropped gets zeros.
     """
     padded = torch.cat([y_MD, y_MD.new_zeros(1, y_MD.shape[1])])
-    y_NKD = padded.index_select(0, sent.slot_NK.reshape(-1)).view(*sent.slot_NK.shape, -1)
+    y_NKD = padded.index_select(0, sent.slot_NK.reshape(-1)).view(*sent.slot_NK.shape, y_MD.shape[1])
     return (y_NKD * weights_NK.unsqueeze(-1)).sum(dim=1)

@@ -1,8 +1,9 @@
 """Experts of an MoE block, and the one seam behind which they are computed.
 
-An executor is a module that maps tokens grouped by expert to results in the same order. :class:`LocalExperts` holds all
-experts; :class:`ExpertParallel` holds a share of them and sends tokens to the ranks that hold the others. Parameters are
-named by GLOBAL expert number in both (``<number>.w1.weight``, ...), so that checkpoints do not depend on the ranks.
+An executor is a module that maps tokens grouped by expert to results in the same order. :class:`LocalExperts` holds
+all experts; :class:`ExpertParallel` holds a share of them and sends tokens to the ranks that hold the others.
+Parameters are named by GLOBAL expert number in both (``<number>.w1.weight``, ...), so that checkpoints do not
+depend on the ranks.
 
 Shapes: M tokens grouped by expert, D width, H hidden, E experts, R ranks.
 """
@@ -54,14 +55,14 @@ def run_experts(experts: list[Expert], x_MD: Tensor, counts: list[int], kernel: 
     Experts without rows take part with an empty group, so that their gradients are zeros and never missing.
     """
     if kernel == "loop":
-        groups = zip(experts, x_MD.split(counts), strict=True)
+        groups = zip(experts, torch.split(x_MD, counts), strict=True)
         return torch.cat([expert(x) for expert, x in groups])
     counts_E = torch.tensor(counts, device=x_MD.device)
     rows = torch.arange(max(counts, default=0), device=x_MD.device)
     valid_EC = rows < counts_E.unsqueeze(1)
     source_EC = torch.where(valid_EC, (counts_E.cumsum(0) - counts_E).unsqueeze(1) + rows, x_MD.shape[0])
     padded = torch.cat([x_MD, x_MD.new_zeros(1, x_MD.shape[1])])
-    x_ECD = padded.index_select(0, source_EC.reshape(-1)).view(*source_EC.shape, -1)
+    x_ECD = padded.index_select(0, source_EC.reshape(-1)).view(*source_EC.shape, x_MD.shape[1])
     w1, b1 = _stack(experts, "w1")
     w2, b2 = _stack(experts, "w2")
     hidden = F.gelu(torch.baddbmm(b1, x_ECD, w1.transpose(1, 2)))

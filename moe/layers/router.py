@@ -94,7 +94,7 @@ class Gate(nn.Linear):
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__(dim, num_experts, bias=False)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own argument name
+    def forward(self, input: Tensor) -> Tensor:
         """Scores ``[N, E]`` of tokens ``[N, D]``."""
         wide = torch.promote_types(input.dtype, torch.float32)
         with torch.autocast(input.device.type, enabled=False):

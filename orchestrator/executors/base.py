@@ -12,7 +12,7 @@ from orchestrator.capacity import Capacity
 from orchestrator.spec import Resources
 from orchestrator.store import Key
 
-Cause = Literal["user", "out_of_memory", "preemption", "infrastructure", "interrupted", "timeout"]
+Cause = Literal["user", "out_of_memory", "preemption", "infrastructure", "interrupted", "timeout", "upstream"]
 SignalKind = Literal["started", "progress", "metrics", "log", "finished", "failed"]
 
 

@@ -1,7 +1,9 @@
 """Runs members as Ray actors: an embedded Ray on this machine by default, or an existing cluster by its address.
 
 An actor holds one shape of resources and is used again for members of that shape, so that a fan-out pays for imports
-once per slot. A gang's member runs in an actor that holds nothing, and its ranks are a Ray Train job.
+once per slot. In an embedded Ray the driver's ledger alone counts cores and memory, and actors hold only devices and
+custom resources: so every stage uses the same warm processes. A gang's member runs in an actor that holds nothing, and
+its ranks are a Ray Train job; a gang of one is an ordinary member.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from orchestrator.artifacts import quiet_remove
 from orchestrator.capacity import Amounts, Capacity, machine_capacity, rank_demand
 from orchestrator.executors.base import Deliver, Signal, Task
 from orchestrator.executors.ray_env import prepare_environment, remove_dead_sessions
-from orchestrator.spec import Resources
 
 OBJECT_STORE_BYTES = 256 * 2**20
 PENDING_S = 300.0
@@ -86,7 +87,7 @@ class RayExecutor:
         """Of the cluster; of this machine while the embedded Ray has not been started."""
         if not self._started and self._address is None and not _connected():
             return machine_capacity(self._num_cpus)
-        self._connect()
+        self.connect()
         import ray
 
         machines = []
@@ -99,7 +100,7 @@ class RayExecutor:
         """See :class:`orchestrator.executors.base.Executor`."""
         return None
 
-    def _connect(self) -> None:
+    def connect(self) -> None:
         if self._started:
             return
         folder = prepare_environment(self._preload)
@@ -115,7 +116,9 @@ class RayExecutor:
                     self._owned = True
             except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
                 what = "An embedded Ray could not be started" if self._address is None else f"No Ray at {self._address}"
-                raise EnvironmentProblem(f"{what}: {str(error).splitlines()[0]}.", "`moepipe doctor` checks it.") from None
+                raise EnvironmentProblem(
+                    f"{what}: {str(error).splitlines()[0]}.", "`moepipe doctor` checks it."
+                ) from None
         from orchestrator.executors.ray_actors import RemoteSink
 
         self._sink = RemoteSink.remote()  # type: ignore[attr-defined]
@@ -153,7 +156,8 @@ class RayExecutor:
         ray.shutdown()
         if self._restarts == 0:
             raise EnvironmentProblem(
-                "The embedded Ray died again and again.", "Look at its memory use (`moepipe doctor`), then `moepipe resume`."
+                "The embedded Ray died again and again.",
+                "Look at its memory use (`moepipe doctor`), then `moepipe resume`.",
             )
         self._restarts -= 1
         for job in jobs:
@@ -164,31 +168,36 @@ class RayExecutor:
 
     def start(self, task: Task) -> None:
         """See :class:`orchestrator.executors.base.Executor`."""
-        self._connect()
+        self.connect()
         flag = _flag(task)
         quiet_remove(flag)
         demand = {name: amount * task.resources.workers for name, amount in rank_demand(task.resources).items()}
-        holds = {} if task.gang else demand
+        holds = {} if task.gang and task.resources.workers > 1 else self._held(demand)
         runner = next((idle for idle in self._idle if idle.holds == holds), None)
-        if runner is not None and (not task.gang or not demand):
+        if runner is not None:
             self._idle.remove(runner)
-        else:
-            if runner is not None:
-                self._idle.remove(runner)
+        if runner is None or holds != demand:
             self._make_room(demand)
-            runner = runner or _Runner(self._new_actor(task.resources if not task.gang else None), holds)
+        runner = runner or _Runner(self._new_actor(holds), holds)
         ref = runner.actor.run.remote(task, self._sink)
         self._jobs[task.node] = _Job(task, runner, ref, demand, time.monotonic())
 
-    def _new_actor(self, resources: Resources | None) -> Any:
+    def _held(self, demand: Amounts) -> Amounts:
+        """What an actor takes from Ray for a demand."""
+        counted_here = ("cpus", "memory_gb") if self._processes else ()
+        return {name: amount for name, amount in demand.items() if name not in counted_here}
+
+    def _new_actor(self, holds: Mapping[str, float]) -> Any:
         from orchestrator.executors.ray_actors import RemoteRunner
 
         paths = [os.path.abspath(path or os.curdir) for path in sys.path] if self._address is None else []
-        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0}
-        if resources is not None:
-            options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "resources": dict(resources.custom)}
-            if resources.memory_gb:
-                options["memory"] = int(resources.memory_gb * 1e9)
+        options: dict[str, Any] = {
+            "num_cpus": holds.get("cpus", 0),
+            "num_gpus": holds.get("gpus", 0),
+            "resources": {name: amount for name, amount in holds.items() if name not in ("cpus", "gpus", "memory_gb")},
+        }
+        if "memory_gb" in holds:
+            options["memory"] = int(holds["memory_gb"] * 1e9)
         return RemoteRunner.options(**options).remote(paths)  # type: ignore[attr-defined]
 
     def _make_room(self, demand: Mapping[str, float]) -> None:
@@ -197,7 +206,7 @@ class RayExecutor:
         total = capacity.total if capacity else {}
         alone = capacity is not None and len(capacity.machines) == 1
         for runner in [idle for idle in self._idle if set(idle.holds) & set(demand)]:
-            held = [job.demand for job in self._jobs.values()] + [idle.holds for idle in self._idle]
+            held = [self._held(job.demand) for job in self._jobs.values()] + [idle.holds for idle in self._idle]
             short = any(
                 sum(amounts.get(name, 0.0) for amounts in held) + amount > total.get(name, 0.0) + 1e-9
                 for name, amount in demand.items()

@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError
 
 from moe.errors import Interrupted, MoepipeError
-from orchestrator.context import TrainFunction, WorkerLost, run_member, stop_flag
+from orchestrator.context import TrainFunction, WorkerLostError, run_here, run_member, stop_flag
 from orchestrator.executors.base import Cause, Signal, Task
 from orchestrator.reporting import TaskReporter
 from orchestrator.store import Store
@@ -106,6 +106,9 @@ class MemberRunner:
         emit = SinkEmit(sink)
 
         def launch(function: TrainFunction, config: dict[str, Any], task: Task, reporter: TaskReporter) -> None:
+            if task.resources.workers == 1:
+                run_here(function, config, task, reporter)
+                return
             reporter.flush()
             train(function, config, task, sink, self._paths)
 
@@ -123,7 +126,7 @@ def train(function: TrainFunction, config: dict[str, Any], task: Task, sink: Any
     checkpoints in its scratch folder.
 
     Raises:
-        WorkerLost: a rank died.
+        WorkerLostError: a rank died.
         Exception: what a rank raised.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -192,10 +195,10 @@ def train_error(error: BaseException, failures: Mapping[int, Any]) -> BaseExcept
         if isinstance(inner, RayError) and not isinstance(inner, MoepipeError):
             cause = ray_cause(inner)
             if isinstance(inner, RayActorError | NodeDiedError | OutOfMemoryError):
-                return WorkerLost(cause, f"a rank died ({_first_line(inner)})")
+                return WorkerLostError(cause, f"a rank died ({_first_line(inner)})")
         raised.append(inner)
     if not raised:
-        return WorkerLost("infrastructure", f"the training job failed ({_first_line(error)})")
+        return WorkerLostError("infrastructure", f"the training job failed ({_first_line(error)})")
     for kind in (Interrupted, MoepipeError, MemoryError):
         for inner in raised:
             if isinstance(inner, kind):
@@ -203,7 +206,7 @@ def train_error(error: BaseException, failures: Mapping[int, Any]) -> BaseExcept
     own = [inner for inner in raised if not any(word in str(inner) for word in _COLLATERAL)]
     if own:
         return own[0]
-    return WorkerLost("infrastructure", f"the ranks lost each other ({_first_line(raised[0])})")
+    return WorkerLostError("infrastructure", f"the ranks lost each other ({_first_line(raised[0])})")
 
 
 def ray_cause(error: BaseException) -> Cause:

@@ -1,8 +1,8 @@
 """Runs a pipeline through the real command line while somebody kills its processes, and keeps the books.
 
-One *round* is one pipeline in a fresh store: submit, strike at random moments, resume whenever the driver is gone, until
-it has finished; then its artifacts are compared with those of the undisturbed run. Rounds follow until enough strikes
-hit.
+One *round* is one pipeline in a fresh store: submit, strike at random moments, resume whenever the driver is gone,
+until it has finished; then its artifacts are compared with those of the undisturbed run. Rounds follow until enough
+strikes hit.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Arena:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "output.txt").open("ab") as output:
             return subprocess.Popen(
-                [sys.executable, "-m", "tests.chaos.launch", *arguments],
+                [sys.executable, "-m", "tests.support.launch", *arguments],
                 cwd=ROOT,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,

@@ -65,8 +65,7 @@ def kind_of(command: list[str]) -> Kind:
         return "other"
     if "TrainWorker" in title:
         return "train"
-    # The controller of a Train job and the queues around it are plumbing of the gang's member, not members.
-    return "other" if any(word in title for word in ("TrainController", "QueueActor", "Dashboard")) else "member"
+    return "member" if "MemberRunner" in title else "other"
 
 
 @dataclass
@@ -93,8 +92,13 @@ class Family:
         return found
 
     def pick(self, driver: int, kind: Kind, rng: random.Random) -> Victim | None:
-        """One process of ``kind`` below ``driver`` at random, or None when there is none now."""
+        """One process of ``kind`` below ``driver`` at random, or None when there is none now.
+
+        An actor that works on a member says so in its title; one that is idle is spared.
+        """
         candidates = [victim for victim in self.look(driver) if victim.kind == kind]
+        if kind == "member":
+            candidates = [victim for victim in candidates if "MemberRunner.run" in victim.title]
         return rng.choice(sorted(candidates, key=lambda victim: victim.pid)) if candidates else None
 
     def orphans(self, patience_s: float) -> list[Victim]:

@@ -16,7 +16,7 @@ from tests.chaos.killer import Family, Victim, kind_of
 TREE = """
 import os, subprocess, sys, time
 sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
-names = ["ray::Actor.run", "ray::IDLE", "ray::_RayTrainWorker__execute.get_next"]
+names = ["ray::MemberRunner.run", "ray::IDLE", "ray::_RayTrainWorker__execute.get_next"]
 child = "import subprocess, sys, time\\n"
 child += "".join(f"subprocess.Popen(['bash', '-c', 'exec -a {name} sleep 60'])\\n" for name in names)
 child += "time.sleep(60)"
@@ -44,10 +44,11 @@ def driver():
 
 def test_names():
     assert kind_of(["/usr/lib/ray/core/src/ray/raylet/raylet", "--raylet_socket_name=x"]) == "raylet"
-    assert kind_of(["ray::MemberActor.run"]) == "member"
+    assert kind_of(["ray::MemberRunner.run"]) == "member"
     assert kind_of(["ray::RayTrainWorker"]) == "train"
     assert kind_of(["ray::TrainController.run"]) == "other"
     assert kind_of(["ray::IDLE"]) == "other"
+    assert kind_of(["ray::Sink"]) == "other"
     assert kind_of(["python", "ray::x"]) == "other"
     assert kind_of([]) == "other"
 

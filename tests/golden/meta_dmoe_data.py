@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from moe.adaptation.base import make
 from moe.aggregator import Aggregator
 from moe.losses import predict, task_of
 from moe.student import Student
@@ -20,12 +21,15 @@ from tests.golden.toys import stem_width, toy_classifier, toy_student
 from workers import metrics, sampling
 from workers.aggregate import aggregator_loss
 from workers.checkpoints import CheckpointDir
-from workers.datasets.base import DATASETS
+from workers.datasets.base import DATASETS, DatasetInfo, DomainData
 from workers.engines.base import OptimizerOptions, ParamGroup
 from workers.engines.torch import TorchEngine
+from workers.evaluation import EvaluationOptions, evaluate_methods
+from workers.evaluation_methods import Method, TokenSource
 from workers.loop import FitResult, fit
+from workers.protocols import DomainRows
 from workers.train_model import TrainSettings, loop_spec, supervised_loss
-from workers.transforms import transform_for
+from workers.transforms import Transform, TransformSpec, transform_for
 
 Case = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
@@ -284,3 +288,66 @@ def aggregator_pretrain(case: Case, tensors: Tensors) -> Case:
     result, outputs = supervised(case, tensors, module, lambda images: tokens_of(networks, images), loss)
     final = without_key_bias(result.last, case["params"]["dim"])
     return outputs | {f"out.final.{name}": value for name, value in final.items()}
+
+
+@op("meta_dmoe.adapt_eval")
+def adapt_eval(case: Case, tensors: Tensors) -> Case:
+    params, labels = case["params"], tensors["in.y"].numpy()
+    task = task_of(params["num_classes"])
+    data = arrays_as_data(params, tensors, task)
+    starts = np.cumsum([0, *params["domain_sizes"]])
+    domains = [
+        DomainRows(domain, str(domain), np.arange(begin, min(begin + params["batch_size"], end)), np.arange(begin, end))
+        for domain, begin, end in zip(params["domain_order"], starts, starts[1:], strict=False)
+    ]
+    teacher, networks = aggregator(case, tensors), experts(case, tensors)
+    method = Method(
+        "student_distill",
+        "student",
+        student(case, weights(tensors, "w.student.")),
+        make("distill", {"inner_lr": params["ilr"]}, task),
+    )
+    result = evaluate_methods(
+        data,
+        domains,
+        [method],
+        Transform(TransformSpec(normalisation="none")),
+        EvaluationOptions(batch_size=params["batch_size"], replicates=0),
+        Recorder(),
+        aggregator=teacher,
+        tokens=TokenSource(experts=[network.extract for network in networks]),
+    )
+    scored, logits = result.methods[0], torch.from_numpy(result.logits["student_distill"])
+    first = tensors["in.x"][: len(domains[0].adapt)]
+    assert len(labels) == len(logits)
+    return {
+        "out.logits": logits,
+        "out.pred": predict(task, logits),
+        "out.inner_loss": torch.tensor([before for before, _ in scored.losses]),
+        "out.teacher_first": teacher(tokens_of(networks, first)).feat_BD,
+        "out.metrics": torch.tensor([scored.scores[name] for name in params["metric_names"]]),
+    }
+
+
+def arrays_as_data(params: Case, tensors: Tensors, task: Any) -> DomainData:
+    """The stored, already normalised images as a data set whose adaptation domain is ``in.domain``."""
+    images, labels = tensors["in.x"].numpy(), tensors["in.y"].numpy()
+    metadata = np.column_stack([tensors["in.metadata"].numpy(), tensors["in.domain"].numpy()])
+    names = tuple(params["metric_names"])
+    info = DatasetInfo(
+        name=params["dataset"],
+        title=params["dataset"],
+        task=task,
+        num_outputs=params["num_classes"],
+        channels=images.shape[1],
+        image_size=images.shape[2:],
+        domain_field="domain",
+        group_fields=("domain",),
+        metrics=names,
+        selection_metric=names[-1],
+        normalisation="none",
+        licence="",
+        source="",
+    )
+    fields = (*FIELDS[params["dataset"]], "domain")
+    return DomainData(info, images, labels, metadata, fields, {"test": np.arange(len(labels))}, digest="")

@@ -7,7 +7,7 @@ from orchestrator.graph import build_graph, derive_seed
 from orchestrator.loading import load, load_pipeline
 from orchestrator.positions import SpecErrors
 from orchestrator.spec import PipelineSpec
-from tests.support.pipelines import write
+from tests.support.yaml_files import write
 
 
 def pipeline(tmp_path, text, **kwargs):

@@ -5,7 +5,7 @@ from orchestrator.graph import build_graph
 from orchestrator.lint import RULES, lint
 from orchestrator.loading import load, load_pipeline
 from orchestrator.positions import SpecErrors
-from tests.support.pipelines import write
+from tests.support.yaml_files import write
 
 
 def rules(graph, capacity=None):

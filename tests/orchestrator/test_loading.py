@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
+from random import Random
 from textwrap import dedent
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from moe.errors import NotFoundError
 from orchestrator.loading import load, load_pipeline
 from orchestrator.positions import SpecErrors
-from tests.support.pipelines import HEADER, TOY, write
+from tests.support.yaml_files import HEADER, TOY, write
 
 
 def problems(path, **kwargs):
@@ -178,6 +180,14 @@ def test_one_reference_keeps_its_type_and_text_takes_scalars(tmp_path, monkeypat
     assert spec.stages["source"].config == {"value": 4, "size_kb": 4}
     assert spec.params["all"] == {"number": 4, "flag": True} and spec.params["first"] == "a"
     assert isinstance(spec.stages["source"].config["value"], int)
+
+
+def test_top_level_values_that_are_left_out_have_their_defaults(tmp_path):
+    top = 'description: "${scale}|${dataset}|"\nparams: {options: "${dataset_options}"}\n'
+    spec = load_pipeline(source(tmp_path, top=top))
+    assert spec.description == "dev||" and spec.params == {"options": {}}
+    spec = load_pipeline(source(tmp_path, top="dataset_options:\n" + top))
+    assert spec.params == {"options": {}}
 
 
 def test_environment_values_are_read_as_the_field_needs(tmp_path, monkeypatch):
@@ -453,6 +463,57 @@ def test_problems_as_json(tmp_path):
     record = problem.to_json()
     assert json.loads(json.dumps(record)) == record
     assert (record["line"], record["column"], record["path"]) == (6, 14, "stages.source.config.valu")
+
+
+def test_the_example_of_the_docs_loads(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "pipelines.md").read_text()
+    examples = [block.split("```")[0] for block in text.split("```yaml\n")[1:]]
+    whole = [example for example in examples if "apiVersion" in example]
+    assert whole
+    for example in whole:
+        assert load(write(tmp_path, example, header="")).warnings == ()
+
+
+def test_random_damage_never_ends_in_a_traceback(tmp_path):
+    """Cut, swap, double and spoil lines: the answer is a pipeline or SpecErrors whose places lie in the file."""
+    pieces = [
+        "${params.n}",
+        "${",
+        "}",
+        "*a",
+        "&a ",
+        "<<: *a",
+        "- ",
+        "[",
+        "{",
+        ": ",
+        "null",
+        "!!int ",
+        "'",
+        "\t",
+        "\n",
+        "| ",
+    ]
+    pieces += ["${env:HOME}", "${params}", "1e999", "-1", "é", "# ", "---\n", "? ", "config:", "inputs:", "0x", "\x00"]
+    random = Random(7)
+    outcomes = {"fine": 0, "refused": 0}
+    for _ in range(150):
+        lines = (HEADER + TOY).split("\n")
+        for _ in range(random.randint(1, 3)):
+            at, other = random.randrange(len(lines)), random.randrange(len(lines))
+            cut = random.randrange(len(lines[at]) + 1)
+            spoilt = lines[at][:cut] + random.choice(pieces) + lines[at][cut + random.choice([0, 1, 5]) :]
+            lines[at] = random.choice([lines[other], spoilt, spoilt, ""])
+        path = tmp_path / "damaged.yaml"
+        path.write_text("\n".join(lines))
+        count = path.read_text().count("\n") + 2
+        try:
+            load(path, random.choice([None, "big"]))
+            outcomes["fine"] += 1
+        except SpecErrors as error:
+            outcomes["refused"] += 1
+            assert error.problems and all(0 <= problem.place.line <= count for problem in error.problems)
+    assert outcomes["fine"] > 5 and outcomes["refused"] > 50
 
 
 # ---- speed -------------------------------------------------------------------------------------------------

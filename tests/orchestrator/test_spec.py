@@ -1,10 +1,14 @@
+from pathlib import Path
+from typing import Literal
+
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from moe.errors import SpecError
 from orchestrator.loading import load_pipeline
 from orchestrator.spec import PipelineSpec, Resources, Retry, StageSpec, spec_from_record
-from tests.support.pipelines import write
+from orchestrator.strictness import parse
+from tests.support.yaml_files import write
 
 
 def test_canonical_round_trips_to_an_equal_spec(tmp_path):
@@ -48,3 +52,63 @@ def test_every_field_has_a_description(field):
 
 def test_retry_budgets_are_the_documented_ones():
     assert Retry().model_dump() == {"user": 0, "out_of_memory": 1, "preemption": -1, "infrastructure": 3}
+
+
+class Point(BaseModel):
+    xy: tuple[int, int]
+    file: Path = Path("a")
+
+
+class Filled(BaseModel):
+    """A config with a "before" validator, as presets have."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    points: tuple[Point, ...]
+    mixed: Path | int = 1
+    rate: float = 1.0
+    count: int = 1
+    flag: bool = False
+    name: str = ""
+    level: Literal["a", "b"] = "a"
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill(cls, values):
+        return {"points": [], **values}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {},
+        {"points": [{"xy": [1, 2], "file": "b"}]},
+        {"mixed": "x"},
+        {"mixed": 3},
+        {"rate": 3, "flag": True, "level": "b"},
+    ],
+)
+def test_strict_parsing_takes_what_yaml_can_write(raw):
+    model, errors = parse(Filled, raw)
+    assert not errors and model == Filled(**raw)
+
+
+@pytest.mark.parametrize(
+    ("raw", "loc"),
+    [
+        ({"count": "3"}, "count"),
+        ({"count": 3.0}, "count"),
+        ({"count": True}, "count"),
+        ({"rate": "3"}, "rate"),
+        ({"flag": 1}, "flag"),
+        ({"flag": "no"}, "flag"),
+        ({"name": 3}, "name"),
+        ({"points": [{"xy": ["1", 2]}]}, "points"),
+        ({"points": [{"xy": [1]}]}, "points"),
+        ({"level": "c"}, "level"),
+        ({"levl": "a"}, "levl"),
+    ],
+)
+def test_strict_parsing_refuses_what_would_have_to_be_guessed(raw, loc):
+    model, errors = parse(Filled, raw)
+    assert model is None and {error["loc"][0] for error in errors} == {loc}

@@ -1,45 +1,32 @@
-"""Small pipelines of toy stages, written to a folder for tests of the orchestrator."""
+"""Short ways to build and run toy pipelines in tests."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from textwrap import dedent
-
-import tests.support.toy_stages  # noqa: F401 - registers the kinds
-
-HEADER = "apiVersion: moepipe/v1\nname: toy\n"
-TOY = """
-seeds: [0, 1]
-params: {n: 3}
-stages:
-  source:
-    kind: numbers
-    config: {count: "${params.n}", value: 7}
-  squares:
-    kind: square
-    inputs: {number: "${stages.source}"}
-    config: {count: "${params.n}"}
-  total:
-    kind: sum
-    inputs:
-      numbers: ["${stages.source}", "${stages.squares}"]
-  end:
-    kind: gather
-    inputs: {numbers: "${stages.total}"}
-profiles:
-  big:
-    params: {n: 5}
-  small:
-    seeds: [4]
-    scale: smoke
-    stages:
-      total:
-        resources: {cpus: 0.5}
-"""
+import tests.support.toy_stages  # noqa: F401
+from orchestrator.executors.inline import InlineExecutor
+from orchestrator.graph import build_graph
+from orchestrator.runs import RunStore
+from orchestrator.scheduler import execute
+from orchestrator.spec import PipelineSpec
 
 
-def write(folder: Path, text: str = TOY, name: str = "toy.yaml", header: str = HEADER) -> Path:
-    """Write a pipeline (indented text is fine) and return its path."""
-    path = folder / name
-    path.write_text(header + dedent(text))
-    return path
+def pipeline(stages, seeds=(0,), name="toy"):
+    """A spec of toy stages."""
+    return PipelineSpec(apiVersion="moepipe/v1", name=name, seeds=list(seeds), stages=stages)
+
+
+def go(spec, store, executor=None, **options):
+    """Run a spec to its end; returns (outcome, run)."""
+    run = options.pop("run", None) or RunStore(store).create(spec)
+    outcome = execute(
+        build_graph(spec), store, run, executor or InlineExecutor(), data_root=store.folder / "data", **options
+    )
+    return outcome, run
+
+
+DIAMOND = {
+    "numbers": {"kind": "numbers", "config": {"count": 3}},
+    "squares": {"kind": "square", "inputs": {"number": "${stages.numbers}"}, "config": {"count": 3}},
+    "total": {"kind": "sum", "inputs": {"numbers": "${stages.squares}"}},
+    "all": {"kind": "gather", "inputs": {"numbers": ["${stages.total}"]}},
+}

@@ -1,8 +1,17 @@
 import numpy as np
 import pytest
+import torch
 
 from moe.errors import DataError, SpecError
-from workers.sampling import EpisodeSampler, EpochSampler, domain_batches, domain_groups, group_batches, group_index
+from workers.sampling import (
+    DomainSampler,
+    EpisodeSampler,
+    EpochSampler,
+    domain_batches,
+    domain_groups,
+    group_batches,
+    group_index,
+)
 
 
 def test_camelyon_split_of_the_released_run():
@@ -130,3 +139,30 @@ def test_domain_batches_keep_rows_in_order_and_never_mix():
     found = {domain: [batch.tolist() for batch in batches] for domain, batches in domain_batches(group, 4)}
     assert found == {2: [[0, 2, 3, 5], [6]], 7: [[1, 4]]}
     assert domain_batches(np.array([], dtype=np.int64), 4) == []
+
+
+def test_balanced_batches_favour_no_domain():
+    sampler = DomainSampler(np.arange(100, 152), GROUP, 30, 0)
+    drawn = np.concatenate([sampler.batch(step) for step in range(100)])
+    seen = GROUP[drawn - 100]
+    assert all(abs(np.mean(seen == domain) - 1 / 3) < 0.04 for domain in (1, 4, 8))
+    assert set(drawn.tolist()) == set(range(100, 152))
+    assert np.array_equal(DomainSampler(np.arange(100, 152), GROUP, 30, 0).batch(5), sampler.batch(5))
+    assert sampler.steps_per_epoch == 2
+    with pytest.raises(DataError):
+        DomainSampler(np.arange(0), GROUP[:0], 4, 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("per_batch, uniform, distinct", [(1, True, True), (2, False, True), (3, True, False)])
+def test_group_batches_are_those_of_wilds_own_sampler(seed, per_batch, uniform, distinct):
+    from workers.wilds_compat import evaluation
+
+    with evaluation():
+        from wilds.common.data_loaders import GroupSampler
+
+    group = np.random.default_rng(seed).integers(0, 7, 80)
+    np.random.seed(seed)
+    theirs = GroupSampler(torch.from_numpy(group), 12, per_batch, uniform, distinct)
+    wanted = [[int(row) for row in batch] for _ in range(2) for batch in theirs]
+    assert group_batches(group, 12, seed, per_batch, uniform, distinct, epochs=2).tolist() == wanted

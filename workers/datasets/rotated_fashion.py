@@ -1,7 +1,7 @@
 """rotated_fashion: Fashion-MNIST at six angles on disjoint images, leave one angle out (DomainBed's design).
 
 Known: the gap is largest at 0 and 75 degrees, and larger than on MNIST.
-See :mod:`workers.datasets._rotated`.
+The held-out angle is halved into support and test.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """rotated_fashion14: Fashion-MNIST at 14 angles with unequal groups; the protocol of ``rotated14``, our own variant.
 
-See :mod:`workers.datasets._rotated`.
+Angles 0, 10, ..., 130 with unequal training groups; every angle is tested with the same images, half of them as
+support; the worst angle counts beside the mean. ``holdout`` keeps whole angles out of training.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """rotated_mnist: DomainBed's RotatedMNIST, six angles on disjoint images, leave one angle out.
 
 Known: only the extreme angles 0 and 75 show a shift; the angles between them are interpolated easily.
-See :mod:`workers.datasets._rotated`.
+The held-out angle is halved into support and test.
 """
 
 from __future__ import annotations

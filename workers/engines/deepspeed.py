@@ -41,6 +41,7 @@ from workers.engines.base import (
     read_losses,
     weighted,
 )
+from workers.engines.layout import Layout
 from workers.engines.torch import load_strict, reduce_values, set_rates
 
 ZeroStage = Literal[0, 1, 2]
@@ -89,8 +90,8 @@ def start(device: torch.device) -> Any:
             dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
         else:
             folder = Path(tempfile.mkdtemp(prefix="moepipe-"))
-            store = dist.FileStore(str(folder / "store"), 1)
-            dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=store, rank=0, world_size=1)
+            where = f"file://{folder / 'store'}"
+            dist.init_process_group("gloo" if device.type == "cpu" else "nccl", where, rank=0, world_size=1)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed
@@ -190,14 +191,15 @@ class DeepSpeedEngine:
         self._plain = module.to(self.device)
         names = {parameter: name for name, parameter in module.named_parameters()}
         self.module = copy.deepcopy(self._plain)
-        self._blocks = _replace_blocks(self.module, zero.ep_size, self.rank % zero.ep_size)
-        self._global = self._global_names(self.rank % zero.ep_size)
+        blocks = _replace_blocks(self.module, zero.ep_size, self.rank % zero.ep_size)
+        experts = {f"{name}.layer": (name, block.spec.num_experts) for name, block in blocks.items()}
+        self._layout = Layout(self.module, list(module.state_dict()), experts, zero.ep_size, self.rank % zero.ep_size)
         self.optimizer = self._build(deepspeed, [(group, [names[p] for p in group.parameters]) for group in groups])
 
     def _build(self, deepspeed: Any, groups: list[tuple[ParamGroup, list[str]]]) -> torch.optim.Optimizer:
         from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 
-        mine = {self._global[name]: parameter for name, parameter in self.module.named_parameters()}
+        mine = {self._layout.plain_names[name]: parameter for name, parameter in self.module.named_parameters()}
         local = [
             ParamGroup(group.name, [mine[n] for n in names if n in mine], group.lr, group.weight_decay)
             for group, names in groups
@@ -210,6 +212,7 @@ class DeepSpeedEngine:
             self._engine, *_ = deepspeed.initialize(
                 model=self.module, optimizer=optimizer, config=self._config(), dist_init_required=False
             )
+        self._layout.group = _expert_group(self.zero.ep_size) if self._layout.experts else None
         return optimizer
 
     def _config(self) -> dict[str, Any]:
@@ -254,33 +257,13 @@ class DeepSpeedEngine:
                 if isinstance(value, Tensor):
                     value.zero_()
 
-    def _global_names(self, ep_rank: int) -> dict[str, str]:
-        """Parameter or buffer name in the layout of rank ``ep_rank`` -> plain name."""
-        renamed: dict[str, str] = {}
-        for prefix, block in self._blocks.items():
-            names = deepspeed_names(block.spec.num_experts, ep_rank, self.zero.ep_size)
-            renamed |= {f"{prefix}.layer.{mine}": f"{prefix}.{theirs}" for mine, theirs in names.items()}
-        return {name: renamed.get(name, name) for name in self.module.state_dict()}
-
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See the protocol."""
-        from deepspeed.utils import groups
-
-        whole = {self._global[name]: value.detach().cpu().clone() for name, value in tensors.items()}
-        if self.zero.ep_size > 1 and self._blocks:
-            group = groups._get_expert_parallel_group(f"ep_size_{self.zero.ep_size}")
-            for name in [name for name in tensors if ".deepspeed_experts." in name]:
-                pieces = [torch.empty_like(tensors[name]) for _ in range(self.zero.ep_size)]
-                dist.all_gather(pieces, tensors[name].detach().contiguous(), group=group)
-                for ep_rank, piece in enumerate(pieces):
-                    whole[self._global_names(ep_rank)[name]] = piece.cpu()
-        order = [name for name in self._plain.state_dict() if name in whole]
-        return {name: whole[name] for name in order}
+        return self._layout.gather(tensors)
 
     def scatter(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See the protocol."""
-        present = {mine: plain for mine, plain in self._global.items() if plain in tensors}
-        return {mine: tensors[plain].to(self.device) for mine, plain in present.items()}
+        return self._layout.scatter(tensors, self.device)
 
     def plain(self) -> nn.Module:
         """See the protocol."""
@@ -333,7 +316,7 @@ class DeepSpeedEngine:
         self._prepare_slots(slots, max(steps, default=0.0))
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
-                self._load_parameter(parameter, state.optimizer.get(self._global[name], {}), slots)
+                self._load_parameter(parameter, state.optimizer.get(self._layout.plain_names[name], {}), slots)
 
     def _prepare_slots(self, slots: Sequence[str], step: float) -> None:
         """Give every tensor of the optimiser zero moments at ``step``, so that they can be filled in place."""
@@ -348,7 +331,7 @@ class DeepSpeedEngine:
         self._link_moments()
 
     def _link_moments(self) -> None:
-        """ZeRO links the moments to the parameters once, after the step of the first group: too early for the others."""
+        """ZeRO links moments to parameters once, after the step of the first group: too early for the others."""
         if self.zero.zero_stage > 0:
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -374,6 +357,13 @@ class DeepSpeedEngine:
     def destroy(self) -> None:
         """See the protocol."""
         self._engine.destroy()
+
+
+def _expert_group(ep_size: int) -> Any:
+    """The process group of the ranks that share one set of experts."""
+    from deepspeed.utils import groups
+
+    return groups._get_expert_parallel_group(f"ep_size_{ep_size}")
 
 
 def _check(zero: DeepSpeedOptions, world_size: int, options: OptimizerOptions) -> None:

@@ -72,21 +72,21 @@ class TorchEngine:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if self.world_size > 1:
             _sum_gradients(parameters)
-            self._average_buffers()
+            self._average_statistics()
         if self.options.clip is not None:
             norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.clip)
             values["grad_norm"] = float(norm)
         self.optimizer.step()
         return values
 
-    def _average_buffers(self) -> None:
+    def _average_statistics(self) -> None:
         """BatchNorm statistics differ between ranks while training; keep one set, the mean."""
-        if not self.module.training:
-            return
-        for buffer in self.module.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer.div_(self.world_size)
+        for layer in self.module.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
+                for buffer in layer.buffers():
+                    if buffer.is_floating_point():
+                        dist.all_reduce(buffer)
+                        buffer.div_(self.world_size)
 
     def reset_optimizer(self) -> None:
         """See the protocol."""

@@ -82,10 +82,10 @@ def test_import_asks_no_network_and_starts_no_thread():
 
 def test_records_import_nothing_heavy():
     code = (
-        "import sys\n"
+        "import sys\nfrom pathlib import Path\n"
         f"for name in {NAMES!r}:\n"
         "    module = __import__(f'workers.datasets.{name}', fromlist=['INFO'])\n"
-        "    module.INFO, module.Options(), module.LAYOUT\n"
+        "    module.INFO, module.Options(), module.LAYOUT, module.missing(Path())\n"
         "heavy = {'torch', 'pandas', 'wilds', 'ray', 'mlflow', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from moe.errors import DataError
+from moe.errors import DataError, NotFoundError
 from tests.workers.datasets.wilds_sets import NAMES, copy_of, load, loaded, root_of
 from workers.datasets.base import DATASETS
 
@@ -181,29 +181,52 @@ def test_data_travels_to_workers(name):
     np.testing.assert_array_equal(data.images[1], loaded(name).images[1])
 
 
-def test_a_second_load_does_not_ask_for_sizes_again(tmp_path, monkeypatch):
-    from workers.datasets import _wilds
+def test_sizes_are_asked_for_once(tmp_path, monkeypatch):
+    from workers.datasets import _wilds_files, rxrx1
 
     folder = copy_of("rxrx1", tmp_path)
-    asked = []
-    size = _wilds._size
-    monkeypatch.setattr(_wilds, "_size", lambda path: asked.append(path) or size(path))
+    walks = []
+    walk = _wilds_files._walk
+
+    def counted(folder, below, folders, sizes=True):
+        if below == "images":
+            walks.append(sizes)
+        return walk(folder, below, folders, sizes)
+
+    monkeypatch.setattr(_wilds_files, "_walk", counted)
+    planned = rxrx1.fingerprint(tmp_path, rxrx1.Options())
     first = load("rxrx1", tmp_path)
-    assert len(asked) == len(set(asked)) == len(first.images)  # once each
+    assert walks == [True, False]  # the second time only names, to find what is missing
     assert load("rxrx1", tmp_path).digest == first.digest
-    assert len(asked) == len(first.images)
-    (folder / ".moepipe_sizes.json").write_text(json.dumps({"key": "stale"}))
-    assert load("rxrx1", tmp_path).digest == first.digest
+    assert rxrx1.fingerprint(tmp_path, rxrx1.Options()) == planned
+    assert len(walks) == 2
+    kept = folder / ".moepipe_files.json"
+    for damaged in ("", "[]", "{}", json.dumps(json.loads(kept.read_text()) | {"tables": "other"})):
+        kept.write_text(damaged)
+        assert load("rxrx1", tmp_path).digest == first.digest
 
 
-def test_a_replaced_image_changes_the_digest(tmp_path):
-    folder = copy_of("rxrx1", tmp_path)
-    before = load("rxrx1", tmp_path)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_fingerprint_follows_the_files(name, tmp_path):
+    module = DATASETS.load(name)
+    folder = copy_of(name, tmp_path)
+    here = module.fingerprint(root_of(name), module.Options())
+    assert here == module.fingerprint(tmp_path, module.Options())
+    before = load(name, tmp_path)
     path = folder / before.images.names[5]
     content = path.read_bytes()
     path.unlink()
     path.write_bytes(content + b"\0")
-    assert load("rxrx1", tmp_path).digest != before.digest
+    assert module.fingerprint(tmp_path, module.Options()) != here
+    assert load(name, tmp_path).digest != before.digest
+    path.unlink()
+    with pytest.raises(DataError, match="image is missing of the"):
+        load(name, tmp_path)
+    path.write_bytes(content)
+    assert module.fingerprint(tmp_path, module.Options()) == here
+    assert load(name, tmp_path).digest == before.digest
+    with pytest.raises(NotFoundError):
+        module.fingerprint(tmp_path / "elsewhere", module.Options())
 
 
 def test_the_folder_may_lie_below_wilds(tmp_path):

@@ -38,7 +38,7 @@ def copy_of(name: str, root: Path) -> Path:
     """Hard-linked copy of the set below ``root``; returns its folder. Replace files in it, don't write into them."""
     folder = DATASETS.load(name).LAYOUT.folder
     shutil.copytree(root_of(name) / folder, root / folder, copy_function=os.link)
-    (root / folder / ".moepipe_sizes.json").unlink(missing_ok=True)
+    (root / folder / ".moepipe_files.json").unlink(missing_ok=True)
     return root / folder
 
 

@@ -1,0 +1,103 @@
+"""BatchNorm re-estimation: replace the running statistics by those of the support batch.
+
+Paper: Schneider et al., "Improving robustness against common corruptions by covariate shift adaptation"
+(arXiv 2006.16971), equation 3; with ``prior = 0`` it is AdaBN (arXiv 1603.04779).
+
+Differs: the papers normalise every test batch by its own statistics; here they are estimated once per domain and then
+fixed, so that a prediction does not depend on the other images of its batch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from moe.adaptation.base import Adaptation, AdaptationConfig, AdaptResult, require_support
+from moe.errors import SpecError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from moe.aggregator import Aggregator
+    from moe.student import Student
+
+
+class Config(AdaptationConfig):
+    """Options."""
+
+    prior: float = Field(default=0.0, ge=0, description="Weight of the source statistics, as a number of images.")
+    batch_size: int = Field(
+        default=256, ge=1, description="Images per forward pass; statistics are averaged over them."
+    )
+
+
+class Method(Adaptation[Config]):
+    """Statistics of all BatchNorm layers of the features, all layers at once."""
+
+    Config = Config
+
+    def adapt(
+        self,
+        model: Student,
+        support_images: Tensor,
+        tokens: Tensor | None = None,
+        aggregator: Aggregator | None = None,
+        generator: torch.Generator | None = None,
+    ) -> AdaptResult:
+        """See the base class. Raises SpecError for a model without BatchNorm."""
+        require_support(support_images)
+        statistics = estimate(model, support_images, self.config.prior, self.config.batch_size)
+        if not statistics:
+            raise SpecError("The model has no BatchNorm statistics to re-estimate.", "Use none, tent or distill.")
+        return AdaptResult(model, statistics)
+
+
+def estimate(model: Student, images: Tensor, prior: float = 0.0, batch_size: int = 256) -> dict[str, Tensor]:
+    """Running statistics of ``images``, by student name; empty when the features have no BatchNorm.
+
+    Args:
+        model: not changed.
+        images: ``[S, C, H, W]``.
+        prior: weight of the model's own statistics, as a number of images.
+        batch_size: images per forward pass.
+
+    Raises:
+        SpecError: a layer sees a single value per channel (one image, one pixel), which has no variance.
+    """
+    import copy
+
+    import torch
+    from torch import nn
+
+    features = copy.deepcopy(model.features).eval()
+    layers = {
+        name: module
+        for name, module in features.named_modules(prefix="features")
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    }
+    if not layers:
+        return {}
+    for module in layers.values():
+        module.train()
+        module.reset_running_stats()
+        module.momentum = None  # cumulative average over the passes
+    pieces = max(1, images.shape[0] // batch_size)
+    with torch.no_grad():
+        try:
+            for piece in images.tensor_split(pieces):
+                features(piece)
+        except ValueError as error:
+            raise SpecError(
+                f"BatchNorm statistics cannot be estimated from {images.shape[0]} image(s): {error}",
+                "Give more support images.",
+            ) from error
+    share = images.shape[0] / (images.shape[0] + prior)
+    own = dict(model.features.named_buffers(prefix="features"))
+    found: dict[str, Tensor] = {}
+    for name, module in layers.items():
+        for key in ("running_mean", "running_var"):
+            source = own[f"{name}.{key}"]
+            found[f"{name}.{key}"] = torch.lerp(source, getattr(module, key), share)
+    return found

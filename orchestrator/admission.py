@@ -1,0 +1,89 @@
+"""Whether a ready node may start now: the ledger, patience for large nodes, and a cluster that changes its size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from orchestrator.capacity import Capacity, Ledger, rank_demand, require_fit
+from orchestrator.graph import Graph
+
+PATIENCE_S = 30.0
+PENDING_S = 300.0
+
+
+class Admission:
+    """Takes and gives back the resources of nodes.
+
+    Args:
+        graph: the graph.
+        capacity: asks the executor what there is; None when resources are not counted.
+    """
+
+    def __init__(self, graph: Graph, capacity: Callable[[], Capacity | None]) -> None:
+        self._graph = graph
+        self._capacity = capacity
+        self._ledger: Ledger | None = None
+        self._passed_over: dict[str, float] = {}
+        self._reserved: set[str] = set()
+        self._starved: float | None = None
+
+    def open(self, names: Iterable[str]) -> None:
+        """Ask for the capacity, at the first miss (a run of hits never starts Ray).
+
+        Raises:
+            InfeasibleError: one of ``names`` can never run.
+        """
+        capacity = self._capacity()
+        if capacity is not None and self._ledger is None:
+            require_fit([(name, self._graph.nodes[name].resources) for name in names], capacity)
+            self._ledger = Ledger(capacity)
+
+    def new_round(self) -> None:
+        """Begin a pass over the ready nodes, longest first."""
+        self._reserved = set()
+
+    def take(self, name: str) -> bool:
+        """Take a node's resources. One that was passed over for long keeps smaller ones off what it waits for."""
+        if self._ledger is None:
+            return True
+        resources = self._graph.nodes[name].resources
+        wanted = set(rank_demand(resources))
+        if not (wanted & self._reserved) and self._ledger.take(name, resources):
+            self._passed_over.pop(name, None)
+            return True
+        now = time.monotonic()
+        if now - self._passed_over.setdefault(name, now) > PATIENCE_S:
+            self._reserved |= wanted
+        return False
+
+    def give_back(self, name: str) -> None:
+        """Free a node's resources."""
+        if self._ledger is not None:
+            self._ledger.give_back(name)
+
+    def refresh(self) -> Capacity | None:
+        """Ask again how much there is (after machines failed)."""
+        capacity = None if self._ledger is None else self._capacity()
+        if capacity is not None and self._ledger is not None:
+            self._ledger.resize(capacity)
+        return capacity
+
+    def watch(self, idle: bool, ready: Iterable[str]) -> None:
+        """Follow a cluster that shrank: wait for machines to come back, then say what is missing.
+
+        Args:
+            idle: nothing runs although something is ready.
+            ready: what is ready.
+
+        Raises:
+            InfeasibleError: for five minutes there was no room.
+        """
+        if not idle or self._ledger is None:
+            self._starved = None
+            return
+        now = time.monotonic()
+        self._starved = self._starved or now
+        capacity = self.refresh()
+        if capacity is not None and now - self._starved > PENDING_S:
+            require_fit([(name, self._graph.nodes[name].resources) for name in ready], capacity)

@@ -1,0 +1,80 @@
+"""``distill``: meta-distillation of the experts into one adaptable student (Meta-DMoE, section 3.5).
+
+A gang stage: under the Ray executor it is a Ray Train job whose ranks run DeepSpeed, data-parallel over domain episodes
+and expert-parallel over the student's MoE block; inline it is a call in this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from orchestrator.stages._presets import fill_preset
+from orchestrator.stages.base import Member, Port, StageBase, StageConfig
+from workers.context import Context
+from workers.distill_settings import DistillSettings
+
+
+class Config(StageConfig):
+    """How the distillation is run."""
+
+    preset: str | None = Field(default=None, description="algorithm/dataset/part whose settings to start from")
+    split: str = Field(default="train", description="split that episodes are drawn from")
+    training: DistillSettings = Field(description="episodes, inner step, rates, MoE block, engine")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return fill_preset(values)
+
+
+class Stage(StageBase[Config]):
+    """Meta-distil the experts into one adaptable student."""
+
+    output: ClassVar[str] = "student"
+    gang: ClassVar[bool] = True
+    inputs: ClassVar[Mapping[str, Port]] = {
+        "data": Port("data", doc="the prepared data set"),
+        "groups": Port("groups", doc="who owns which domains"),
+        "features": Port("features", many=True, doc="features of all experts, in expert order"),
+        "aggregator": Port("aggregator", doc="the pre-trained aggregator"),
+        "student": Port("model", doc="the pre-trained student"),
+    }
+    Config: ClassVar[type[StageConfig]] = Config
+
+    def run(self, config: Config, member: Member, context: Context) -> Mapping[str, Any]:
+        """Write ``model.safetensors``, ``aggregator.safetensors`` and ``distill.json``."""
+        from workers.data import open_data
+        from workers.distill_job import DistillJob, StoredModel, distill, distilled_meta
+
+        def stored(port: str) -> StoredModel:
+            artifact = context.inputs[port][0]
+            return StoredModel(path=str(artifact.path), meta=dict(artifact.meta))
+
+        data = context.inputs["data"][0]
+        open_data(data, context.data_root)  # refuse changed files before any rank is started
+        student = stored("student")
+        settings = config.training
+        if settings.image_size is None:
+            settings = settings.model_copy(update={"image_size": student.meta.get("image_size")})
+        job = DistillJob(
+            dataset=data.meta["dataset"],
+            options=data.meta["options"],
+            data_root=str(context.data_root),
+            split=config.split,
+            student=student,
+            aggregator=stored("aggregator"),
+            features=[str(artifact.path) for artifact in context.inputs["features"]],
+            groups=context.inputs["groups"][0].meta["groups"],
+            settings=settings,
+            seed=context.seed,
+            threads=context.threads,
+            scratch=str(context.scratch),
+            output=str(context.output),
+        )
+        context.train(distill, job.model_dump(mode="json"))
+        meta = distilled_meta(job)
+        context.metrics({f"val/{name}": value for name, value in meta["scores"].items()}, step=meta["step"])
+        return {**meta, "image_size": settings.image_size}

@@ -1,0 +1,56 @@
+"""``split``: divide the training domains at random among the experts (Meta-DMoE, arXiv 2210.03885, section 4)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from orchestrator.stages._presets import fill_preset
+from orchestrator.stages.base import Member, Port, StageBase, StageConfig
+from workers.context import Context
+
+
+class Config(StageConfig):
+    """Into how many groups, and by which shuffle."""
+
+    preset: str | None = Field(default=None, description="algorithm/dataset/part whose settings to start from")
+    groups: int = Field(ge=1, le=100_000, description="number of experts E")
+    seed: int | None = Field(
+        default=None, ge=0, description="seed of the shuffle; the official code's split needs its seed here"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return fill_preset(values)
+
+
+class Stage(StageBase[Config]):
+    """Divide the training domains among the experts."""
+
+    output: ClassVar[str] = "groups"
+    inputs: ClassVar[Mapping[str, Port]] = {"data": Port("data", doc="the prepared data set")}
+    Config: ClassVar[type[StageConfig]] = Config
+
+    def run(self, config: Config, member: Member, context: Context) -> Mapping[str, Any]:
+        """Write ``groups.json``: the domains of every expert."""
+        from moe.errors import DataError
+        from workers.data import read_index
+        from workers.sampling import domain_groups
+
+        index = read_index(context.inputs["data"][0])
+        column = index.column(index.domain_field, index.splits["train"])
+        split = domain_groups(column, config.groups, context.seed if config.seed is None else config.seed)
+        empty = [number for number, domains in enumerate(split.groups) if not domains]
+        if empty:
+            raise DataError(
+                f"There are {len(split.owner)} training domains for {config.groups} experts; experts {empty} get none.",
+                f"Set groups to at most {len(split.owner)}.",
+            )
+        (context.output / "groups.json").write_text(json.dumps(split.groups))
+        for number, domains in enumerate(split.groups):
+            context.log(f"expert {number}: domains {domains}")
+        return {"groups": split.groups, "sizes": [len(domains) for domains in split.groups]}

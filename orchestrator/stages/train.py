@@ -1,0 +1,67 @@
+"""``train``: supervised training of one network, or of one per group of domains (the experts of a fan-out)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from moe.specs import BackboneSpec
+from orchestrator.stages._presets import fill_preset
+from orchestrator.stages.base import Member, Port, StageBase, StageConfig
+from workers.context import Context
+from workers.settings import TrainSettings
+
+
+class Config(StageConfig):
+    """What is trained on which rows."""
+
+    preset: str | None = Field(default=None, description="algorithm/dataset/part whose settings to start from")
+    backbone: BackboneSpec = Field(description="the network; its head is fresh, unless `init` is wired")
+    training: TrainSettings = Field(description="optimiser, length, validation")
+    splits: tuple[str, ...] = Field(default=("train",), min_length=1, description="splits whose rows are trained on")
+    val_split: str = Field(default="val", description="split that selects the state")
+    groups: int = Field(default=1, ge=1, le=100_000, description="groups of domains, one network each (experts)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return fill_preset(values)
+
+
+class Stage(StageBase[Config]):
+    """Train a classifier on all rows, or one per group of domains."""
+
+    output: ClassVar[str] = "model"
+    inputs: ClassVar[Mapping[str, Port]] = {
+        "data": Port("data", doc="the prepared data set"),
+        "groups": Port("groups", optional=True, doc="who owns which domains; needed when groups is above 1"),
+        "init": Port("model", optional=True, doc="start from this network (a shared or pretrained one)"),
+    }
+    Config: ClassVar[type[StageConfig]] = Config
+
+    def members(self, config: Config) -> list[Member]:
+        """One member per group of domains."""
+        if config.groups == 1:
+            return [Member()]
+        return [Member(f"group={i}", {"group": i}) for i in range(config.groups)]
+
+    def run(self, config: Config, member: Member, context: Context) -> Mapping[str, Any]:
+        """Train and write ``model.safetensors``; ``meta`` has the scores and, for an expert, its domains."""
+        from workers.data import open_data
+        from workers.supervised import expert_domains, train_member
+
+        data = open_data(context.inputs["data"][0], context.data_root)
+        groups, init = context.inputs.get("groups", ()), context.inputs.get("init", ())
+        domains = expert_domains(groups[0] if groups else None, config.groups, member.params.get("group"))
+        return train_member(
+            data,
+            config.backbone,
+            config.training,
+            context,
+            splits=config.splits,
+            val_split=config.val_split,
+            domains=domains,
+            init=init[0] if init else None,
+        )

@@ -1,0 +1,328 @@
+"""The command line, through typer's runner: documents, exit codes, texts."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import tests.support.toy_stages  # noqa: F401
+from orchestrator.cli import app
+from orchestrator.runs import RunStore
+from orchestrator.store import Store
+
+PIPELINE = """\
+apiVersion: moepipe/v1
+name: toy
+seeds: [0, 1]
+tracking: {enabled: false}
+stages:
+  numbers:
+    kind: numbers
+    config: {count: 2}
+  slow:
+    kind: sleepy
+    inputs: {start: "${stages.numbers}"}
+    config: {steps: 4}
+  report:
+    kind: gather
+    inputs: {numbers: "${stages.slow}"}
+"""
+INLINE = ("--on", "inline")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A working directory with one pipeline."""
+    for name in ("MOEPIPE_STORE", "MOEPIPE_DATA", "MOEPIPE_PROFILE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy.yaml").write_text(PIPELINE)
+    return tmp_path
+
+
+def call(*arguments, code=0):
+    """Run a command and check its exit code; returns the result."""
+    result = CliRunner().invoke(app, [str(item) for item in arguments], prog_name="moepipe")
+    assert result.exit_code == code, f"{arguments}: {result.output}\n{result.exception!r}"
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def document(*arguments, code=0):
+    """Run a command with --json and read the one document on stdout."""
+    return json.loads(call(*arguments, "--json", code=code).stdout)
+
+
+@pytest.fixture
+def done(folder):
+    """A finished run."""
+    return document("submit", "toy.yaml", *INLINE, "--quiet")
+
+
+def names(command=app, prefix=()):
+    """All commands, as tuples of words."""
+    found = [(*prefix, item.name or item.callback.__name__) for item in command.registered_commands]
+    for group in command.registered_groups:
+        found += names(group.typer_instance, (*prefix, group.name))
+    return found
+
+
+def test_every_command_of_the_house_exists():
+    wanted = "submit validate plan resume status logs cancel runs show ls explain schema doctor ui gc version init"
+    tops = {words[0] for words in names()}
+    assert set(wanted.split()) | {"data", "track"} == tops
+    assert {("data", word) for word in ("ls", "verify", "import", "miniature")} | {("track", "sync")} <= set(names())
+
+
+@pytest.mark.parametrize("words", names(), ids=" ".join)
+def test_help_of_every_command(words):
+    text = call(*words, "--help").stdout
+    assert "Usage: moepipe" in text and len(text.splitlines()) > 5
+
+
+# ---- submit, plan, validate --------------------------------------------------------------------------------------
+
+
+def test_submit_ends_with_result_and_next_commands(folder):
+    result = call("submit", "toy.yaml", *INLINE)
+    lines = result.stdout.splitlines()
+    assert "finished. 0 hits, 7 made now." in result.stdout
+    assert lines[-4] == "next:" and all(line.startswith("  moepipe ") for line in lines[-3:])
+    report = Path(next(line for line in lines if line.startswith("report:")).split()[1])
+    assert (report / "table.json").exists()
+    assert "slow/seed=1: started" in result.stderr and "started" not in result.stdout
+
+
+def test_submit_again_is_all_hits(done):
+    again = document("submit", "toy.yaml", *INLINE)
+    assert done["hits"] == 0 and again["hits"] == again["members"] == 7
+    assert again["artifacts"] == done["artifacts"]
+    assert "7 of 7 members are hits" in call("submit", "toy.yaml", *INLINE).stderr
+
+
+def test_submit_shows_the_reports_table(folder, monkeypatch):
+    from orchestrator import result
+
+    call("submit", "toy.yaml", *INLINE)
+    monkeypatch.setattr(result, "TABLE", "table.json")  # toy reports have no table.txt; any file will do
+    monkeypatch.setattr(result, "PAGE", "value.json")
+    text = call("submit", "toy.yaml", *INLINE).stdout
+    assert '{"seed=0":' in text
+    assert "/value.json\n" in text
+
+
+def test_seeds_and_overrides_change_the_pipeline(folder):
+    made = document("submit", "toy.yaml", *INLINE, "--quiet", "--seeds", "5", "--set", "stages.numbers.config.count=1")
+    assert set(made["artifacts"]) == {"numbers/seed=5", "slow/seed=5", "report"}
+
+
+def test_dry_run_is_the_plan_and_makes_nothing(folder):
+    assert document("submit", "toy.yaml", *INLINE, "--dry-run")["counts"] == {"hit": 0, "miss": 4, "blocked": 3}
+    assert document("runs") == {"runs": []}
+
+
+def test_plan_tells_hits_misses_and_reasons(done):
+    plan = document("plan", "toy.yaml", *INLINE, "--set", "stages.slow.config.steps=5")
+    by_node = {entry["node"]: entry for entry in plan["entries"]}
+    assert plan["counts"] == {"hit": 4, "miss": 2, "blocked": 1}
+    assert by_node["slow/seed=0"]["reason"] == "config.steps changed from 4 to 5"
+    text = call("plan", "toy.yaml", *INLINE, "--set", "stages.slow.config.steps=5").stdout
+    assert "config.steps changed from 4 to 5" in text and "4 hits, 3 to run" in text and "longest chain" in text
+
+
+def test_infeasible_plan_is_3(folder):
+    result = call("plan", "toy.yaml", "--set", "stages.slow.resources.cpus=9000", code=3)
+    assert "asks for 9000 cpus" in result.stderr
+
+
+def test_validate_reports_every_error_with_its_place(folder):
+    (folder / "bad.yaml").write_text(PIPELINE.replace("steps", "stepz").replace("kind: gather", "kind: gahter"))
+    result = call("validate", "bad.yaml", code=2)
+    assert "bad.yaml:12:" in result.stderr and "'steps'" in result.stderr
+    assert "bad.yaml:14:" in result.stderr and "'gather'" in result.stderr
+    error = document("validate", "bad.yaml", code=2)["error"]
+    assert {problem["line"] for problem in error["problems"]} == {12, 14} and error["code"] == "spec"
+
+
+def test_validate_counts_members(folder):
+    found = document("validate", "toy.yaml")
+    assert found["valid"] and found["stages"] == {"numbers": 4, "slow": 2, "report": 1}
+
+
+def test_profile_from_the_environment(folder, monkeypatch):
+    (folder / "toy.yaml").write_text(PIPELINE + "profiles:\n  small:\n    seeds: [7]\n")
+    monkeypatch.setenv("MOEPIPE_PROFILE", "small")
+    assert document("validate", "toy.yaml")["members"] == 4
+    assert "there is no profile 'smal'" in call("validate", "toy.yaml", "--profile", "smal", code=2).stderr
+
+
+# ---- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_failed_run_is_1_and_says_where_to_look(folder):
+    result = call("submit", "toy.yaml", *INLINE, "--set", "stages.numbers.config.fail_times=1", code=1)
+    assert "error [run-failed]" in result.stderr and "moepipe logs toy-" in result.stderr
+    assert "4 of 7 members" in result.stderr and "3 skipped" in result.stderr
+    text = call("logs", "latest", "numbers/seed=0/item=1").stdout
+    assert "RuntimeError: item 1 fails on purpose" in text
+
+
+def test_resume_of_a_failed_run_finishes_it(folder):
+    call("submit", "toy.yaml", *INLINE, "--set", "stages.slow.config.crash_at=2", code=1)
+    failed = document("runs")["runs"][0]
+    assert failed["status"] == "failed"
+    resumed = document("resume", failed["run"], *INLINE)
+    assert resumed["status"] == "finished" and resumed["hits"] == 4
+    assert document("show", resumed["run"])["origin"] == failed["run"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("submit",), 2),
+        (("submit", "toy.yaml", "--bogus"), 2),
+        (("submit", "toy.yaml", "--set", "nonsense"), 2),
+        (("explain", "stages.nope"), 2),
+        (("ls", "nope"), 2),
+        (("logs", "latest", "--grep", "("), 4),
+        (("submit", "nope.yaml"), 4),
+        (("show", "nope"), 4),
+        (("resume", "nope"), 4),
+        (("data", "verify", "nope"), 2),
+        (("data", "verify", "camelyon17"), 4),
+        (("init", "nope"), 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
+)
+def test_exit_codes(arguments, code):
+    call(*arguments, code=code)
+
+
+def test_truncated_archive_is_6_and_leaves_nothing(folder):
+    source = folder / "camelyon17_v1.0"
+    source.mkdir()
+    (source / "metadata.csv").write_text("a,b\n" * 10_000)
+    with tarfile.open(folder / "whole.tar.gz", "w:gz") as archive:
+        archive.add(source, "camelyon17_v1.0")
+    (folder / "half.tar.gz").write_bytes((folder / "whole.tar.gz").read_bytes()[:60])
+    call("data", "import", "camelyon17", "half.tar.gz", "--data", "sets", code=6)
+    assert not any((folder / "sets").iterdir())
+
+
+def test_run_of_another_process_is_busy(folder, done):
+    run = RunStore(Store.open(".moepipe")).create(RunStore(Store.open(".moepipe")).open(done["run"]).spec())
+    with run.lock():
+        result = call("resume", run.id, *INLINE, code=7)
+        assert "being worked on by process" in result.stderr
+        assert document("resume", run.id, *INLINE, code=7)["error"]["code"] == "busy"
+        assert "is running in this store" in call("gc", "--keep-last", "0", code=7).stderr
+    assert document("status", run.id)["status"] == "lost"
+    assert document("resume", run.id, *INLINE)["run"] == run.id  # a lost run goes on under its own name
+
+
+def test_a_bug_is_one_line_and_a_crash_log(folder, monkeypatch):
+    from orchestrator import doctor
+
+    def broken():
+        raise ZeroDivisionError("nobody foresaw this")
+
+    monkeypatch.setattr(doctor, "versions", broken)
+    result = call("version", code=1)
+    assert "error [internal]: ZeroDivisionError: nobody foresaw this" in result.stderr
+    log = Path(result.stderr.split("details: ")[1].strip())
+    assert "in broken" in log.read_text()
+    log.unlink()
+
+
+def test_cancel_of_a_run_that_is_over_is_refused(done):
+    assert "is not running: it is finished" in call("cancel", done["run"], code=2).stderr
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_runs_show_and_status(done):
+    (run,) = document("runs")["runs"]
+    assert run["run"] == done["run"] and run["status"] == "finished"
+    status = document("status", done["run"])
+    assert [stage["stage"] for stage in status["stages"]] == ["numbers", "slow", "report"]
+    assert all(stage["state"] == "finished" and stage["fraction"] == 1.0 for stage in status["stages"])
+    shown = document("show", done["run"][:-1])  # a unique beginning is enough
+    assert shown["reports"][0]["node"] == "report" and shown["options"]["on"] == "inline"
+    for command in ("runs", "show", "status"):
+        assert done["run"] in call(command).stdout
+
+
+def test_show_of_a_member(done):
+    (member,) = document("show", "latest", "slow/seed=1")["members"]
+    assert member["metrics"] == {"toy/steps": 4.0} and member["artifact"]["files"] == {"value.json": 30}
+    assert (Path(member["artifact"]["path"]) / "value.json").exists()
+    assert len(document("show", "latest", "numbers")["members"]) == 4
+    assert len(document("show", "latest", "numbers/seed=0")["members"]) == 2
+    assert member["key"] in call("show", "latest", "slow/seed=1").stdout
+    assert "Did you mean 'slow/seed=1'?" in call("show", "latest", "slow/seed=11", code=4).stderr
+
+
+def test_logs_of_a_run_filter(done):
+    text = call("logs").stdout
+    assert "report: started, attempt 1" in text and text.splitlines()[-1].endswith("finished, 0 hits")
+    lines = document("logs", "latest", "--grep", r"slow/seed=\d: finished")["lines"]
+    assert len(lines) == 2
+    assert document("logs", "latest", "--since", "1d")["lines"] and call("logs", "--follow").stdout
+    assert "is not a duration" in call("logs", "latest", "--since", "soon", code=2).stderr
+    assert "not a regular expression" in call("logs", "latest", "--grep", "(", code=2).stderr
+
+
+def test_ls_lists_the_registries(folder):
+    found = document("ls")
+    assert {"numbers", "gather"} <= {entry["name"] for entry in found["stages"]}
+    assert {"camelyon17", "rotated14"} <= {entry["name"] for entry in found["datasets"]}
+    assert all(entry["title"] for entry in found["datasets"])
+    assert "rotated14" in call("ls", "datasets").stdout
+
+
+def test_explain_and_schema(folder):
+    assert document("explain", "retry.infrastructure")["fields"][0]["default"] == "default 3"
+    assert "steps" in call("explain", "stages.sleepy").stdout
+    assert json.loads(call("schema").stdout)["title"] == "moepipe pipeline"
+    call("schema", "-o", "schema.json")
+    assert json.loads((folder / "schema.json").read_text())["$schema"]
+
+
+def test_data_commands(folder):
+    listed = {item["name"]: item for item in document("data", "ls")["datasets"]}
+    assert listed["camelyon17"]["present"] is False and "moepipe data" in listed["camelyon17"]["missing"][0]["fix"]
+    assert "camelyon17" in call("data", "ls").stdout
+    document("data", "miniature", "rotated_mnist", "--data", "sets")
+    found = document("data", "verify", "rotated_mnist", "--data", "sets")
+    assert found["rows"] > 0 and set(found["splits"]) >= {"train", "val", "test"} and len(found["digest"]) == 64
+    assert "needs no miniature" in call("data", "miniature", "digits5", code=2).stderr
+    assert "no archive to import" in call("data", "import", "digits5", "toy.yaml", code=2).stderr
+
+
+def test_version_and_environment_variables(folder, monkeypatch):
+    found = document("version")
+    assert found["libraries"]["torch"] and found["python"].startswith("3.")
+    monkeypatch.setenv("MOEPIPE_STORE", str(folder / "elsewhere"))
+    assert document("submit", "toy.yaml", *INLINE)["status"] == "finished"
+    assert (folder / "elsewhere" / "runs").is_dir() and not (folder / ".moepipe").exists()
+
+
+def test_printed_commands_name_a_store_that_is_not_the_default(folder):
+    text = call("submit", "toy.yaml", *INLINE, "--store", "other").stdout
+    assert f"moepipe ui --store {folder / 'other'}" in text
+
+
+def test_ui_links_without_runs(folder):
+    assert document("ui", "--links")["links"] == []
+
+
+def test_init_writes_a_pipeline_once(folder):
+    text = call("init").stdout
+    assert text.startswith("# yaml-language-server") and "stages:" in text
+    call("init", "-o", "mine.yaml")
+    assert "exists already" in call("init", "-o", "mine.yaml", code=2).stderr

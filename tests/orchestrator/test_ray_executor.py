@@ -1,0 +1,140 @@
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from moe.errors import RunFailed
+from orchestrator.executors.ray import RayExecutor
+from orchestrator.runs import RunStore
+from orchestrator.store import Store
+from tests.support.pipelines import DIAMOND, go, pipeline
+
+SLOW = {"kind": "sleepy", "config": {"steps": 40, "step_s": 0.05, "checkpoint_every": 2}}
+
+
+@pytest.fixture
+def executor(ray_local):
+    """One on the session's Ray, which it must leave running."""
+    yield RayExecutor()
+    assert ray_local.is_initialized()
+
+
+def test_same_keys_and_digests_as_inline(executor, store, tmp_path):
+    stages = {**DIAMOND, "slow": {**SLOW, "config": {"steps": 9}}}
+    here, run_here = go(pipeline(stages, seeds=(0, 1)), Store.open(tmp_path / "inline"))
+    there, run_there = go(pipeline(stages, seeds=(0, 1)), store, executor)
+    assert there.status == "finished" and there.artifacts == here.artifacts
+    keys = [
+        {event.node: event.data["key"] for event in run.events() if event.kind == "member-finished"}
+        for run in (run_here, run_there)
+    ]
+    assert keys[0] == keys[1]
+    pids = {event.data["pid"] for event in run_there.events() if event.kind == "member-started"}
+    assert os.getpid() not in pids and len(pids) <= 4 < len(there.artifacts)  # actors are used again
+    again, _ = go(pipeline(stages, seeds=(0, 1)), store, RayExecutor())
+    assert again.hits == len(again.artifacts)
+
+
+def test_a_killed_actor_is_retried_from_its_checkpoint_and_gives_the_same_digest(executor, store, tmp_path):
+    calm, _ = go(pipeline({"s": SLOW}), Store.open(tmp_path / "calm"))
+    pids = []
+
+    def murder(event):
+        if event.kind == "member-started":
+            pids.append(event.data["pid"])
+        if event.kind == "member-progress" and event.data["done"] >= 12 and len(pids) == 1:
+            os.kill(pids[0], signal.SIGKILL)
+            pids.append(0)
+
+    outcome, run = go(pipeline({"s": SLOW}), store, executor, listeners=[murder])
+    assert outcome.status == "finished" and outcome.artifacts == calm.artifacts
+    (failed,) = (event.data for event in run.events() if event.kind == "member-failed")
+    assert failed["line"].startswith("retry: cause=infrastructure count=1 limit=3 error=s/seed=0: its worker process died")
+    resumed = int(run.log_path("s/seed=0").read_text().split("continues at step ")[1].split()[0])
+    assert resumed >= 10
+
+
+def test_errors_and_logs_cross_the_processes(executor, store):
+    stages = {"bad": {"kind": "numbers", "config": {"fail_times": 1}}, "good": {"kind": "sleepy", "config": {"crash_at": 1}}}
+    outcome, run = go(pipeline(stages), store, executor)
+    assert outcome.status == "failed" and type(outcome.failures["bad/seed=0"].error) is RunFailed
+    assert outcome.failures["bad/seed=0"].error.message == "bad/seed=0 failed: RuntimeError: item 0 fails on purpose."
+    log = run.log_path("bad/seed=0").read_text()
+    assert "Traceback (most recent call last)" in log and "fails on purpose" in log
+    assert "Traceback" not in outcome.failures["good/seed=0"].error.message
+
+
+def test_a_process_that_exits_uses_up_its_budget(executor, store):
+    config = {"fail_times": 9, "fail_how": "exit"}
+    outcome, run = go(pipeline({"a": {"kind": "numbers", "config": config, "retry": {"infrastructure": 1}}}), store, executor)
+    decisions = [event.data["decision"] for event in run.events() if event.kind == "member-failed"]
+    assert outcome.status == "failed" and decisions == ["retry", "fail"]
+    assert "its worker process died" in outcome.error.message
+
+
+def test_graceful_stop_then_resume(executor, store, tmp_path):
+    calm, _ = go(pipeline({"s": SLOW}), Store.open(tmp_path / "calm"))
+    stop = threading.Event()
+
+    def listen(event):
+        if event.kind == "member-progress" and event.data["done"] >= 10:
+            stop.set()
+
+    outcome, run = go(pipeline({"s": SLOW}), store, executor, listeners=[listen], stop=stop)
+    assert outcome.status == run.status == "interrupted"
+    again = RunStore(store).resume(run.id)
+    finished, _ = go(pipeline({"s": SLOW}), store, RayExecutor(), run=again)
+    assert finished.artifacts == calm.artifacts and "continues at step" in again.log_path("s/seed=0").read_text()
+
+
+def test_a_timeout_kills_the_actor(executor, store):
+    stages = {"s": {**SLOW, "config": {**SLOW["config"], "steps": 4000}, "timeout_s": 1.0}}
+    start = time.monotonic()
+    outcome, _ = go(pipeline(stages), store, executor)
+    assert outcome.failures["s/seed=0"].cause == "timeout" and time.monotonic() - start < 60
+
+
+def test_custom_resources_and_capacity_come_from_the_cluster(executor, store):
+    capacity = executor.capacity()
+    assert capacity is not None and capacity.total["cpus"] == 4.0 and "object_store_memory" not in capacity.total
+    executor.close()
+
+
+def test_a_gang_is_a_ray_train_job(executor, store, tmp_path):
+    stages = {"g": {"kind": "gang", "config": {"value": 4}, "resources": {"workers": 2, "cpus": 0.5}}}
+    here, _ = go(pipeline(stages), Store.open(tmp_path / "inline"))
+    there, _ = go(pipeline(stages), store, executor)
+    assert there.status == "finished" and there.artifacts == here.artifacts
+    assert list((store.folder / "scratch").iterdir()) == []
+
+
+@pytest.mark.chaos
+def test_a_killed_raylet_is_started_again_and_the_digest_is_the_same(store, tmp_path):
+    """In a process of its own: it ends the Ray that it runs on."""
+    import subprocess
+    import sys
+
+    script = """
+import json, os, sys
+from orchestrator.executors.ray import RayExecutor
+from orchestrator.store import Store
+from tests.support.pipelines import go, pipeline
+stages = json.loads(sys.argv[2])
+executor = RayExecutor(num_cpus=2, preload=())
+killed = []
+def murder(event):
+    if event.kind == "member-progress" and event.data["done"] >= 12 and not killed:
+        killed.append(1)
+        executor._processes[0].kill()
+outcome, run = go(pipeline(stages), Store.open(sys.argv[1]), executor, listeners=[murder])
+print(json.dumps([outcome.status, dict(outcome.artifacts), killed]))
+"""
+    calm, _ = go(pipeline({"s": SLOW}), Store.open(tmp_path / "calm"))
+    env = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [sys.executable, "-c", script, store.url, json.dumps({"s": SLOW})], capture_output=True, text=True, env=env, timeout=240
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == ["finished", dict(calm.artifacts), [1]], done.stderr

@@ -1,0 +1,185 @@
+"""The distillation job: learns, resumes, gives the same on one rank and on two, and leaves plain files."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moe.adaptation.distill import Config, Method
+from moe.errors import CheckpointError, DataError, Interrupted, NotFoundError, SpecError
+from tests.workers.test_loop import Recorder
+from tests.workers.toy import distill_job, toy_data
+from workers.batches import ImageReader
+from workers.distill_job import RESULT_FILE, DistillJob, build_module, distill, distilled_meta
+from workers.distill_settings import DistillSettings
+from workers.distill_validation import Validation
+from workers.engines import deepspeed as parallel
+from workers.features import FeatureTable
+from workers.modelfile import load_aggregator, load_student, load_tensors
+from workers.protocols import domain_rows
+from workers.transforms import transform_for
+
+ROOT = Path(__file__).parents[2]
+MOE = {"num_experts": 4, "top_k": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("distill")
+
+
+def go(config, reporter=None) -> Recorder:
+    reporter = reporter or Recorder()
+    distill({**config, "reporter": reporter})
+    return reporter
+
+
+def files(folder: Path, name: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / name).iterdir())}
+
+
+def close(folder: Path, a: str, b: str, tolerance: float) -> None:
+    """Equal but for the order of additions (which Adam amplifies where a gradient is zero by identity)."""
+    for file in ("model.safetensors", "aggregator.safetensors"):
+        first, second = load_tensors(folder / a / file), load_tensors(folder / b / file)
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            assert float((value.double() - second[name].double()).abs().max()) < tolerance, name
+
+
+def test_it_learns_and_its_files_load_without_the_job(folder):
+    config = distill_job(folder, "learn", steps=40, query=16, cadence="steps", evaluate_every=10)
+    reporter = go(config)
+    losses = reporter.losses()
+    assert np.mean(losses[-8:]) < 0.7 * np.mean(losses[:4])
+    meta = distilled_meta(DistillJob(**config))
+    record = json.loads((folder / "learn" / RESULT_FILE).read_text())
+    assert meta["scores"] == record["scores"] and len(record["evaluations"]) == 4
+    assert record["scores"]["accuracy"] == max(e["accuracy"] for e in record["evaluations"])
+    assert meta["form"] == "student" and meta["adaptation"]["inner_lr"] == 0.05
+    student, aggregator = load_student(folder / "learn", meta), load_aggregator(folder / "learn", meta)
+    data = toy_data(size=12)
+    table = FeatureTable([Path(path) for path in config["features"]])
+    # The score written is that of the written files under the project's own adaptation.
+    reader = ImageReader(data.images, transform_for(data.info, None, train=False))
+    (domain,) = domain_rows(data, "val", "official", 8)
+    result = Method(Config(inner_lr=0.05)).adapt(
+        student, reader.read(domain.adapt), table.tokens(domain.adapt), aggregator
+    )
+    with torch.no_grad():
+        predictions = result.model(reader.read(domain.score)).argmax(1).numpy()
+    assert np.mean(predictions == data.labels[domain.score]) == pytest.approx(record["scores"]["accuracy"])
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_an_interrupted_job_gives_the_same_bytes(folder, stop):
+    extras = {"moe": MOE, "ema_decay": 0.8, "meta": {"inner_lr": 0.05, "learn_rates": True}}
+    go(distill_job(folder, "whole", **extras))
+    config = distill_job(folder, f"cut{stop}", **extras)
+    with pytest.raises(Interrupted):
+        go(config, Recorder(stop_after=stop))
+    reporter = go(config)
+    assert any(f"Resumed at step {2 * stop}" in line for line in reporter.logs)
+    assert files(folder, f"cut{stop}") == files(folder, "whole")
+    assert "rates" in json.loads((folder / "whole" / RESULT_FILE).read_text())
+
+
+def test_two_ranks_give_the_numbers_of_one_and_state_moves_between_engines(folder):
+    jobs = [
+        distill_job(folder, "torch2", tasks_per_step=3),
+        distill_job(folder, "parallel2", engine="deepspeed", ep_size=2, moe=MOE),
+        {**distill_job(folder, "handover", engine="deepspeed", ep_size=2, zero_stage=2, moe=MOE), "stop_after": 1},
+    ]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.workers.distill_pair", str(folder / "jobs.json")]
+    running = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        outputs = [process.communicate(timeout=200)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    for process, output in zip(running, outputs, strict=True):
+        assert process.returncode == 0, output[-3000:]
+    pair = json.loads((folder / "pair.json").read_text())
+    alone = go(distill_job(folder, "torch1", tasks_per_step=3))
+    assert pair[0]["losses"] == pytest.approx(alone.losses(), rel=1e-5)
+    close(folder, "torch1", "torch2", 1e-3)
+    alone = go(distill_job(folder, "dense1", moe=MOE))
+    assert pair[1]["losses"] == pytest.approx(alone.losses(), rel=1e-5)
+    close(folder, "dense1", "parallel2", 1e-3)
+    # Two DeepSpeed ranks stopped at step 2; plain torch finishes alone.
+    assert pair[2] == "interrupted"
+    reporter = go(distill_job(folder, "handover", engine="torch", moe=MOE))
+    assert any("Resumed at step 2" in line for line in reporter.logs)
+    close(folder, "dense1", "handover", 1e-3)
+
+
+def test_validation_does_not_depend_on_the_division_over_ranks(folder, monkeypatch):
+    config = DistillJob(**distill_job(folder, "division"))
+    data = toy_data(size=12)
+    module = build_module(config, data)
+    table = FeatureTable([Path(path) for path in config.features])
+    reader = ImageReader(data.images, transform_for(data.info, None, train=False))
+    domains = domain_rows(data, "train", "official", 8)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    module.eval()
+    whole = Validation(data, domains, reader, table, 7, torch.device("cpu"))(module, 0)
+    parts: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: parts.append(tensor.clone()))
+    for rank in (0, 1):
+        Validation(data, domains, reader, table, 7, torch.device("cpu"), rank, 2)(module, 0)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.copy_(parts[0] + parts[1]))
+    assert Validation(data, domains, reader, table, 7, torch.device("cpu"), 0, 2)(module, 0) == whole
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+def test_what_does_not_fit_together_is_refused(folder):
+    config = distill_job(folder, "bad")
+    with pytest.raises(CheckpointError, match="1 training domains have no expert"):
+        go({**config, "groups": [[0, 1], [2], []]})
+    with pytest.raises(CheckpointError, match="owners reach to 3 of 3 experts"):
+        go({**config, "groups": [[0, 1], [2], [], [3]]})
+    with pytest.raises(NotFoundError, match="no finished features"):
+        go({**config, "features": [str(folder)]})
+    with pytest.raises(DataError, match="cached features do not hold"):
+        go({**config, "settings": {**config["settings"], "validate_on": "test"}})
+    with pytest.raises(SpecError, match="torch engine keeps all experts"):
+        go(distill_job(folder, "bad", ep_size=2))
+    with pytest.raises(ValueError, match="epochs or steps"):
+        DistillSettings(**{**config["settings"], "steps": None})
+    with pytest.raises(ValueError, match="not a multiple of ep_size"):
+        DistillSettings(**{**config["settings"], "moe": {"num_experts": 3}, "ep_size": 2})
+
+
+def test_auto_says_so_when_deepspeed_is_missing(folder, monkeypatch):
+    monkeypatch.setattr(parallel, "available", lambda: "ImportError: none")
+    reporter = go(distill_job(folder, "auto", engine="auto", steps=1))
+    assert "DeepSpeed is not available (ImportError: none); the torch engine is used instead." in reporter.logs
+
+
+def test_bf16_and_channels_last_train(folder):
+    meta = {"inner_lr": 0.05, "precision": "bf16"}
+    reporter = go(distill_job(folder, "bf16", meta=meta, channels_last=True))
+    assert len(reporter.losses()) == 6 and all(np.isfinite(reporter.losses()))

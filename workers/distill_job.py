@@ -1,0 +1,303 @@
+"""The meta-distillation job: what every rank runs, under Ray Train or alone in this process.
+
+Data, student, aggregator and cached expert features -> episodes over the ranks -> engine -> checkpoints by name ->
+``model.safetensors`` and ``aggregator.safetensors``. A rank that restarts, alone or in a group of another size, goes on
+from the newest checkpoint in ``scratch``; Ray Train's own checkpoints are not used, because those count only once its
+controller has read the report, and the last ones before a crash are lost.
+
+Method: Meta-DMoE (arXiv 2210.03885). Ray Train sets up the process group before this function is called.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field
+
+from workers.batches import ImageReader, Prefetcher
+from workers.checkpoints import CheckpointDir
+from workers.context import Reporter
+from workers.data import load_data
+from workers.datasets.base import DomainData
+from workers.device import setup
+from workers.distill_settings import DistillSettings
+from workers.distill_validation import Validation
+from workers.engines.base import Engine, OptimizerOptions, ParamGroup
+from workers.episodes import Episodes
+from workers.features import FeatureTable
+from workers.loop import FitResult, LoopSpec, Schedule, epoch_halves, every, fit, mix
+from workers.modelfile import (
+    AGGREGATOR_FILE,
+    MODEL_FILE,
+    load_aggregator,
+    load_student,
+    model_meta,
+    save_tensors,
+)
+from workers.protocols import domain_rows
+from workers.schedules import constant, cosine_warmup, exponential_per_epoch
+from workers.transforms import Transform, TransformSpec, transform_for
+
+if TYPE_CHECKING:
+    from moe.meta_step import EpisodeModule
+
+RESULT_FILE = "distill.json"
+
+
+class StoredModel(BaseModel):
+    """An artifact on disk: its folder and the record that its stage wrote."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field(description="folder of the artifact")
+    meta: dict[str, Any] = Field(description="its JSON record")
+
+
+class DistillJob(BaseModel):
+    """Everything a rank needs, as JSON. ``context.train(distill, job.model_dump(mode="json"))``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str = Field(description="registry name")
+    options: dict[str, Any] = Field(default_factory=dict, description="the data set's options")
+    data_root: str = Field(description="folder with prepared data sets")
+    split: str = Field(default="train", description="rows to draw episodes from")
+    student: StoredModel = Field(description="the pre-trained student (form classifier or student)")
+    aggregator: StoredModel = Field(description="the pre-trained aggregator")
+    features: list[str] = Field(min_length=1, description="feature folders of the experts, in expert order")
+    groups: list[list[int]] = Field(description="domains of each expert, in expert order (the domain split)")
+    transforms: dict[str, TransformSpec] = Field(
+        default_factory=dict, description="'train' and 'eval'; the data set's official ones when left out"
+    )
+    settings: DistillSettings = Field(description="how to train")
+    seed: int = Field(description="the only source of randomness")
+    threads: int = Field(default=1, ge=1, description="compute threads of each rank")
+    scratch: str = Field(description="folder that survives crashes; every rank can read it")
+    output: str = Field(description="folder of the result; rank 0 writes")
+
+
+class _Silent:
+    """Reporter of the ranks that have none."""
+
+    def progress(self, done: int, total: int, **values: float) -> None:
+        """Says nothing."""
+
+    def log(self, message: str) -> None:
+        """Says nothing."""
+
+    def check(self) -> None:
+        """Never stops."""
+
+
+def distill(config: dict[str, Any]) -> None:
+    """Run the job on this rank.
+
+    Args:
+        config: fields of :class:`DistillJob`, and on rank 0 ``reporter``.
+
+    Raises:
+        SpecError, CheckpointError, DataError: inputs that do not fit together.
+        RunFailed: the loss is not finite.
+        Interrupted: a stop was asked for; the last checkpoint is kept.
+    """
+    reporter: Reporter = config.get("reporter") or _Silent()
+    job = DistillJob(**{name: value for name, value in config.items() if name != "reporter"})
+    settings = job.settings
+    distributed = dist.is_available() and dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    device = setup(job.threads, settings.device, rank).device
+    data = load_data(job.dataset, job.options, Path(job.data_root))
+    with ExitStack() as stack:
+        episodes, validation = _data_side(job, data, device, rank, world_size, stack)
+        module = build_module(job, data).to(device)
+        engine = make_engine(module, settings, device, reporter)
+        stack.callback(engine.destroy)
+        result = _fit(job, data, engine, episodes, validation, reporter, stack)
+        if engine.rank == 0:
+            write_result(job, module, result)
+        engine.barrier()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform != "darwin" else 1 << 30)
+    reporter.log(
+        f"Distilled in {result.steps} steps on {engine.world_size} ranks; peak memory of rank 0: {peak:.2f} GB."
+    )
+
+
+def _data_side(
+    job: DistillJob, data: DomainData, device: torch.device, rank: int, world_size: int, stack: ExitStack
+) -> tuple[Episodes, Validation | None]:
+    settings, table = job.settings, FeatureTable([Path(path) for path in job.features])
+    train, evaluation = (_transform(job, data, name) for name in ("train", "eval"))
+    reader = ImageReader(data.images, train, settings.loader_threads)
+    stack.callback(reader.close)
+    owner = {domain: expert for expert, domains in enumerate(job.groups) for domain in domains}
+    rows = data.splits[job.split]
+    episodes = Episodes(data, rows, reader, table, owner, settings, job.seed, device)
+    if settings.validate_on is None:
+        return episodes, None
+    domains = domain_rows(data, settings.validate_on, "official", settings.support, settings.validation_rows)
+    own = reader if evaluation.identity == train.identity else ImageReader(data.images, evaluation)
+    stack.callback(own.close)
+    size = settings.eval_batch_size
+    return episodes, Validation(data, domains, own, table, size, device, rank, world_size)
+
+
+def _transform(job: DistillJob, data: DomainData, name: str) -> Transform:
+    if name in job.transforms:
+        return Transform(job.transforms[name])
+    return transform_for(data.info, job.settings.image_size, train=name == "train")
+
+
+def build_module(job: DistillJob, data: DomainData) -> EpisodeModule:
+    """Student (with its MoE block, if asked for) and aggregator as one module; equal weights on all ranks."""
+    from moe.meta_step import EpisodeModule
+
+    torch.manual_seed(mix(job.seed, 3))
+    student = load_student(Path(job.student.path), job.student.meta, job.settings.moe)
+    aggregator = load_aggregator(Path(job.aggregator.path), job.aggregator.meta)
+    # The classification head of the aggregator gets no gradient in meta-training and must not move.
+    aggregator.mlp.requires_grad_(False)
+    return EpisodeModule(student, aggregator, job.settings.meta, data.info.task)
+
+
+def make_engine(module: EpisodeModule, settings: DistillSettings, device: torch.device, reporter: Reporter) -> Engine:
+    """The engine that the settings name; ``auto`` takes DeepSpeed where it can be imported and says so if not.
+
+    Raises:
+        SpecError: expert parallelism without DeepSpeed, or sizes that do not divide.
+        EnvironmentProblem: DeepSpeed was asked for by name and is not there.
+    """
+    from moe.errors import SpecError
+    from workers.engines import deepspeed as parallel
+    from workers.engines.torch import TorchEngine
+
+    aggregator = [p for p in module.aggregator.parameters() if p.requires_grad]
+    if module.rates is not None:
+        aggregator += list(module.rates.parameters())
+    groups = [
+        ParamGroup("student", list(module.student.parameters()), settings.student_lr, settings.weight_decay),
+        ParamGroup("aggregator", aggregator, settings.aggregator_lr, settings.weight_decay),
+    ]
+    # Precision is part of the meta step itself (autocast inside the episode), so the engine adds none.
+    options = OptimizerOptions(settings.optimizer, momentum=0.9, clip=settings.clip)
+    reason = "" if settings.engine == "torch" else parallel.available()
+    if settings.engine == "deepspeed" or (settings.engine == "auto" and not reason):
+        zero = parallel.DeepSpeedOptions(settings.zero_stage, settings.ep_size)
+        return parallel.DeepSpeedEngine(module, groups, options, zero, device)
+    if settings.ep_size > 1:
+        raise SpecError(
+            f"ep_size is {settings.ep_size}, and the torch engine keeps all experts on every rank.",
+            "Use engine: deepspeed, or ep_size: 1.",
+        )
+    if reason:
+        reporter.log(f"DeepSpeed is not available ({reason}); the torch engine is used instead.")
+    return TorchEngine(module, groups, options, device)
+
+
+def loop_spec(settings: DistillSettings, per_epoch: int, seed: int, metric: str) -> LoopSpec:
+    """The loop of a job whose epochs have ``per_epoch`` steps."""
+    by_epochs = settings.epochs * per_epoch if settings.epochs is not None else settings.steps
+    steps = min(limit for limit in (by_epochs, settings.steps) if limit is not None)
+    schedules: dict[str, Schedule] = {
+        "exponential": exponential_per_epoch(settings.decay, per_epoch),
+        "cosine": cosine_warmup(settings.warmup_epochs * per_epoch, steps),
+        "constant": constant(),
+    }
+    chosen = schedules[settings.schedule]
+    after = {
+        "halves": epoch_halves(per_epoch),
+        "epoch": every(per_epoch),
+        "steps": every(settings.evaluate_every),
+    }
+    return LoopSpec(
+        steps=steps,
+        seed=mix(seed, 4),
+        schedules={"student": chosen, "aggregator": chosen if settings.aggregator_schedule == "same" else constant()},
+        reset_optimizer_every=per_epoch if settings.reset_optimizer else None,
+        ema_decay=settings.ema_decay,
+        checkpoint_every=settings.checkpoint_every,
+        evaluate_after=after[settings.cadence],
+        metric=metric,
+        best_from=0.0 if settings.parity == "official" else float("-inf"),
+        patience=settings.patience,
+    )
+
+
+def _fit(
+    job: DistillJob,
+    data: DomainData,
+    engine: Engine,
+    episodes: Episodes,
+    validation: Validation | None,
+    reporter: Reporter,
+    stack: ExitStack,
+) -> FitResult:
+    settings, rank, world_size = job.settings, engine.rank, engine.world_size
+    if settings.tasks_per_step < world_size:
+        reporter.log(
+            f"tasks_per_step is {settings.tasks_per_step} on {world_size} ranks: "
+            f"{world_size - settings.tasks_per_step} of them have nothing to do."
+        )
+    spec = loop_spec(settings, episodes.steps_per_epoch, job.seed, data.info.selection_metric)
+    pad = settings.engine != "torch"
+    depth = 2 if settings.loader_threads else 0
+    batches = Prefetcher(lambda step: episodes.of_step(step, rank, world_size, pad), spec.steps, depth)
+    stack.callback(batches.close)
+    checkpoints = CheckpointDir(Path(job.scratch) / "checkpoints", log=reporter.log)
+    return fit(engine, batches, spec, reporter, checkpoints, evaluate=validation)  # type: ignore[arg-type]
+
+
+def write_result(job: DistillJob, module: EpisodeModule, result: FitResult) -> None:
+    """Write student, aggregator and ``distill.json`` (scores; no times, ranks or paths) into the output folder."""
+    best = job.settings.select == "best"
+    state = result.selected if best else result.last
+    step = result.best_step if best and result.best_step is not None else result.steps - 1
+    output = Path(job.output)
+    for part, file in (("student.", MODEL_FILE), ("aggregator.", AGGREGATOR_FILE)):
+        own = {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
+        save_tensors(output / file, own)
+    scores = [evaluation.scores for evaluation in result.evaluations if evaluation.step == step]
+    record: dict[str, Any] = {
+        "step": step,
+        "steps": result.steps,
+        "scores": scores[-1] if scores else {},
+        "evaluations": [{"step": e.step, "selected": e.selected, **e.scores} for e in result.evaluations],
+    }
+    if module.rates is not None:
+        module.rates.log_scale.data.copy_(state["rates.log_scale"])
+        record["rates"] = module.rates.values()
+    (output / RESULT_FILE).write_text(json.dumps(record, indent=1, sort_keys=True))
+
+
+def distilled_meta(job: DistillJob) -> dict[str, Any]:
+    """The ``meta`` of the finished ``student`` artifact: how to rebuild student and aggregator, and its scores."""
+    from moe.specs import BackboneSpec, StudentMoESpec
+
+    meta: Mapping[str, Any] = job.student.meta
+    stored = meta.get("moe")
+    moe = StudentMoESpec(**stored) if stored is not None else job.settings.moe
+    record = json.loads((Path(job.output) / RESULT_FILE).read_text())
+    made = model_meta(
+        "student", BackboneSpec(**meta["backbone"]), meta["num_outputs"], meta["feature_dim"], meta["dataset"], moe
+    )
+    rates = {"rates": record["rates"]} if "rates" in record else {}
+    return {
+        **made,
+        "aggregator": job.aggregator.meta["aggregator"],
+        "adaptation": {
+            "inner_lr": job.settings.meta.inner_lr,
+            "inner_steps": job.settings.meta.inner_steps,
+            "adapt": job.settings.meta.adapt,
+            "support": job.settings.support,
+            **rates,
+        },
+        "step": record["step"],
+        "scores": record["scores"],
+    }

@@ -1,0 +1,179 @@
+"""The member of the ``evaluate`` stage: load what is wired, evaluate, write the records and their headline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe.errors import SpecError
+from workers.context import Context, Input
+from workers.datasets.base import DomainData
+from workers.device import setup
+from workers.evaluation import EvaluationOptions, evaluate_methods
+from workers.evaluation_methods import Models, TokenSource, adaptation_of, standard_methods
+from workers.evaluation_result import EvaluationResult
+from workers.features import FeatureTable
+from workers.loop import mix
+from workers.modelfile import load_aggregator, load_student
+from workers.protocols import domain_rows
+from workers.transforms import transform_for
+
+if TYPE_CHECKING:
+    import torch
+
+    from moe.adaptation.base import Adaptation
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Fields of the ``evaluate`` stage's config; see there."""
+
+    split: str
+    protocol: str
+    support: int
+    adaptations: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    limit: int | None = None
+    curve: Sequence[int] = field(default_factory=tuple)
+    streams: Sequence[str] = field(default_factory=tuple)
+    replicates: int = 1000
+    image_size: int | None = None
+    official_rxrx1: bool = False
+    batch_size: int = 128
+
+
+def evaluate_member(data: DomainData, settings: EvaluateSettings, context: Context) -> dict[str, Any]:
+    """Evaluate what is wired to the member and write ``evaluation.json`` and ``logits.safetensors``.
+
+    Raises:
+        SpecError: nothing to evaluate, or an adaptation without its network.
+        CheckpointError: damaged weights.
+        DataError: a corrupt image.
+    """
+    device = setup(context.threads).device
+    wired = _Wired(context, device)
+    models, teacher = wired.models()
+    adaptations = _adaptations(settings, wired, data.info.task)
+    methods = standard_methods(models, adaptations, data.info.task)
+    if not methods:
+        raise SpecError("There is nothing to evaluate.", "Wire erm, student, aggregator or oracle to the stage.")
+    size = settings.image_size or wired.image_size()
+    result = evaluate_methods(
+        data,
+        domain_rows(data, settings.split, settings.protocol, settings.support, settings.limit),
+        methods,
+        transform_for(data.info, size, train=False, official_rxrx1_eval=settings.official_rxrx1),
+        EvaluationOptions(
+            split=settings.split,
+            protocol=settings.protocol,
+            support_size=settings.support,
+            seed=mix(context.seed, 21),
+            batch_size=settings.batch_size,
+            replicates=settings.replicates,
+            curve_sizes=tuple(settings.curve),
+            streams=tuple(settings.streams),
+            settings=wired.budgets(),
+        ),
+        context,
+        aggregator=teacher,
+        tokens=wired.tokens() if teacher is not None or models.aggregator is not None else None,
+        device=device,
+    )
+    result.save(context.output)
+    headline = _headline(result)
+    context.metrics({f"test/{name}": value for name, value in headline.items()})
+    return {
+        "dataset": data.info.name,
+        "metric": data.info.selection_metric,
+        "protocol": settings.protocol,
+        "scores": {name: round(value, 6) for name, value in headline.items()},
+        "miniature": "_miniature" in data.value_names,
+    }
+
+
+class _Wired:
+    """The artifacts at the stage's ports."""
+
+    def __init__(self, context: Context, device: torch.device) -> None:
+        self.inputs, self.device = context.inputs, device
+
+    def one(self, port: str) -> Input | None:
+        found = self.inputs.get(port, ())
+        return found[0] if found else None
+
+    def models(self) -> tuple[Models, Any]:
+        """The networks of the table, and the student's teacher."""
+        student, pretrained = self.one("student"), self.one("aggregator")
+        models = Models(
+            erm=self._network("erm"),
+            student=None if student is None else load_student(student.path, student.meta).to(self.device),
+            aggregator=None if pretrained is None else load_aggregator(pretrained.path, pretrained.meta),
+            oracle=self._network("oracle"),
+        )
+        teacher = None if student is None else load_aggregator(student.path, student.meta).to(self.device)
+        if models.aggregator is not None:
+            models.aggregator.to(self.device)
+        return models, teacher
+
+    def _network(self, port: str) -> Any:
+        """A baseline as a student, so that every adaptation can address its tensors; the same function of the image.
+
+        A DenseNet classifier has a ReLU that its student view leaves out; it is put back for a baseline.
+        """
+        artifact = self.one(port)
+        if artifact is None:
+            return None
+        meta = dict(artifact.meta)
+        if meta["form"] == "classifier" and meta["backbone"]["name"].startswith("torchvision:densenet"):
+            meta["backbone"] = {**meta["backbone"], "last_relu": True}
+        return load_student(artifact.path, meta).to(self.device)
+
+    def tokens(self) -> TokenSource:
+        """Cached features first, experts for other rows."""
+        features, experts = self.inputs.get("features", ()), self.inputs.get("experts", ())
+        table = FeatureTable([Path(artifact.path) for artifact in features]) if features else None
+        extractors = [load_student(artifact.path, artifact.meta).to(self.device).extract for artifact in experts]
+        return TokenSource(table, extractors, [f"expert {number}" for number in range(max(len(features), len(experts)))])
+
+    def image_size(self) -> int | None:
+        """Side of the images that the networks were trained on."""
+        for port in ("student", "erm", "oracle"):
+            artifact = self.one(port)
+            if artifact is not None:
+                size: int | None = artifact.meta.get("image_size")
+                return size
+        return None
+
+    def budgets(self) -> dict[str, Any]:
+        """Steps that each network was trained for, for the record."""
+        ports = ("erm", "aggregator", "student", "oracle")
+        found = {port: self.one(port) for port in ports}
+        return {f"{port}_steps": a.meta["steps"] for port, a in found.items() if a is not None and "steps" in a.meta}
+
+
+def _adaptations(settings: EvaluateSettings, wired: _Wired, task: str) -> dict[str, dict[str, Adaptation[Any]]]:
+    """Adaptations of the networks that are wired; ``distill`` starts from what the student was meta-trained for."""
+    found: dict[str, dict[str, Adaptation[Any]]] = {}
+    for owner, kinds in settings.adaptations.items():
+        artifact = wired.one(owner)
+        if artifact is None:
+            continue
+        found[owner] = {}
+        for name, options in kinds.items():
+            own = dict(options)
+            if name == "distill":
+                learned: Mapping[str, Any] = artifact.meta.get("adaptation", {})
+                mine = {k: v for k, v in learned.items() if k in ("inner_lr", "adapt", "rates")}
+                own = {**mine, "steps": learned.get("inner_steps", 1), **own}
+            found[owner][name] = adaptation_of(name, own)
+    return found
+
+
+def _headline(result: EvaluationResult) -> dict[str, float]:
+    """Selection metric and worst domain by method, under stable names."""
+    values: dict[str, float] = {}
+    for method in result.methods:
+        values[f"{method.name}/{result.metric}"] = float(method.scores[result.metric])
+        values[f"{method.name}/worst_domain"] = float(method.domain_worst)
+    return values

@@ -1,0 +1,97 @@
+"""The member of the ``report`` stage: combine the seeds, draw, write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from workers.context import Context
+from workers.distill_job import RESULT_FILE
+from workers.evaluation_result import EvaluationResult
+from workers.figures import adaptation_curve, attention_map, domain_bars, training_curves
+from workers.report_page import Figure, ReportPage, render
+from workers.results_table import combine
+
+
+def write_report(config: Mapping[str, Any], context: Context) -> dict[str, Any]:
+    """Write the table (text, Markdown, JSON), the PNGs and ``report.html`` into ``context.output``.
+
+    Args:
+        config: fields of the ``report`` stage's config.
+        context: its port ``metrics`` holds one evaluation per seed.
+
+    Raises:
+        DataError: the evaluations are of different data sets or protocols.
+    """
+    results = [EvaluationResult.load(artifact.path) for artifact in context.inputs["metrics"]]
+    table = combine(results)
+    figures = _figures(config, results, _histories(context))
+    miniature = any(artifact.meta.get("miniature") for artifact in context.inputs["metrics"])
+    summary = str(config["summary"])
+    if miniature:
+        summary = f"{summary} The data is a generated miniature: these numbers test the pipeline, not the method.".strip()
+    page = ReportPage(
+        title=str(config["title"]),
+        summary=summary,
+        table=table,
+        results=results,
+        figures=list(figures.values()),
+        settings={"selection": "best validation state; test domains are never looked at", **results[0].settings},
+        command=str(config["command"]),
+    )
+    output = context.output
+    for name, figure in figures.items():
+        (output / f"{name}.png").write_bytes(figure.png)
+    text = table.text() + ("\nGenerated miniature data: no statement about the method.\n" if miniature else "")
+    (output / "table.txt").write_text(text)
+    (output / "table.md").write_text(table.markdown())
+    (output / "table.json").write_text(json.dumps(table.to_json(), indent=1, sort_keys=True))
+    (output / "report.html").write_text(render(page))
+    context.log("\n" + text)
+    return {"title": config["title"], "figures": sorted(figures), "seeds": len(results)}
+
+
+def _histories(context: Context) -> dict[str, list[dict[str, float]]]:
+    """Validation scores of the distillation by seed."""
+    found = {}
+    for artifact in context.inputs.get("student", ()):
+        record = json.loads((artifact.path / RESULT_FILE).read_text())
+        rows = [{k: float(v) for k, v in row.items() if k != "selected"} for row in record["evaluations"]]
+        if rows:
+            found[artifact.member] = rows
+    return found
+
+
+def _figures(
+    config: Mapping[str, Any], results: list[EvaluationResult], histories: Mapping[str, list[dict[str, float]]]
+) -> dict[str, Figure]:
+    """The figures that these results allow, by file name."""
+    first, found = results[0], {}
+    names = {method.name for method in first.methods}
+    before, after = config["before"], config["after"]
+    if {before, after} <= names:
+        found["domains"] = Figure(
+            "Unseen domains, before and after adaptation",
+            "One pair of bars for each unseen domain; whiskers show the spread over seeds.",
+            domain_bars(results, before, after),
+        )
+    if first.attention is not None:
+        found["attention"] = Figure(
+            "Which experts the aggregator listens to",
+            "Mean share of the attention that each expert's token receives, by unseen domain.",
+            attention_map(results),
+        )
+    if first.curves:
+        found["curve"] = Figure(
+            "Adaptation against the number of unlabelled images",
+            "Score after adapting on so many images of the domain; 0 is the model as it is.",
+            adaptation_curve(results),
+        )
+    if histories:
+        found["training"] = Figure(
+            "Meta-distillation",
+            "Validation score of the adapted student while it is meta-trained.",
+            training_curves(histories, first.metric, "Validation score during meta-distillation"),
+        )
+    return found
