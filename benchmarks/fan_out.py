@@ -53,7 +53,13 @@ def once(members: int, store: Store, executor: InlineExecutor | RayExecutor) -> 
     seconds, after = time.perf_counter() - start, resident_mb()
     if outcome.status != "finished":
         raise SystemExit(f"The run ended as {outcome.status}: {outcome.error}")
-    return {"members": members, "hits": outcome.hits, "seconds": seconds, "rss_before_mb": before, "rss_after_mb": after}
+    return {
+        "members": members,
+        "hits": outcome.hits,
+        "seconds": seconds,
+        "rss_before_mb": before,
+        "rss_after_mb": after,
+    }
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ Shapes: S support images, D feature width, P adapted tensors.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,7 +106,8 @@ def inner_step(
     sums: dict[str, Tensor] = {}
     current = start
     # Only the plain attention kernel can be differentiated twice.
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    kernel = nullcontext() if graph == "none" else sdpa_kernel(SDPBackend.MATH)
+    with torch.enable_grad(), kernel:
         for _ in range(steps):
             features_SD = student.extract(support, current)
             seen.append(features_SD.detach())

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe.aggregator import Aggregator, AggregatorOutput, mask_tokens
 from moe.inner import Graph, InnerResult, adapted_parameters, inner_step, push_forward
@@ -61,20 +60,20 @@ class Episode:
 
 
 class InnerRates(nn.Module):
-    """One learned positive inner rate per adapted tensor: ``inner_lr * exp(log_scale)``, starting from ``inner_lr``.
+    """One learned inner rate per adapted tensor, starting from ``inner_lr``.
 
-    Source: per-layer rates of MAML++ (arXiv 1810.09502).
+    Rates are free to shrink to nothing or to change sign: the steps that help a tensor need not point where the
+    distance to the teacher falls fastest. Source: per-layer rates of MAML++ (arXiv 1810.09502).
     """
 
     def __init__(self, names: Sequence[str], inner_lr: float) -> None:
         super().__init__()
         self.names = tuple(names)
-        self.inner_lr = inner_lr
-        self.log_scale = nn.Parameter(torch.zeros(len(self.names)))
+        self.rate = nn.Parameter(torch.full((len(self.names),), float(inner_lr)))
 
     def forward(self) -> dict[str, Tensor]:
         """Student name -> rate, scalar with a graph."""
-        return dict(zip(self.names, (self.inner_lr * self.log_scale.exp()).unbind(), strict=True))
+        return dict(zip(self.names, self.rate.unbind(), strict=True))
 
     def values(self) -> dict[str, float]:
         """Student name -> rate; what test-time adaptation needs (``distill`` option ``rates``)."""
@@ -109,7 +108,7 @@ def meta_losses(
     """
     chosen = adapted_parameters(student, config.adapt)
     given: Mapping[str, Tensor | float] = rates if rates is not None else dict.fromkeys(chosen, config.inner_lr)
-    with _autocast(config, episode.support.device), sdpa_kernel(SDPBackend.MATH):
+    with _autocast(config, episode.support.device):
         target_SD = teacher(aggregator, episode, config)
         if config.order == "second" or not torch.is_grad_enabled():
             graph: Graph = "full" if torch.is_grad_enabled() else "none"

@@ -136,6 +136,7 @@ def status(
 def show(
     run: opt.RunId = "latest",
     node: NodeId = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every file of the artifacts again.")] = False,
     store: opt.StoreUrl = opt.DEFAULT_STORE,
     json: opt.Json = False,
 ) -> None:
@@ -147,6 +148,10 @@ def show(
     place = Store.open(store)
     found = RunStore(place).open(run)
     view = view_of(found)
+    members = list(view.nodes.values()) if node is None else cli_show.find_members(view, node)
+    if verify:
+        count = cli_show.verify(place, members)
+        console.note(f"{count} artifacts verified: every file has the bytes it was written with")
     if node is None:
         document = {**_summary(found), **cli_show.describe_run(found, view, place)}
         if json:
@@ -154,7 +159,6 @@ def show(
         else:
             cli_show.print_run(document)
         return
-    members = cli_show.find_members(view, node)
     documents = [cli_show.describe_member(found, member, place) for member in members]
     if json:
         console.emit_json(console.finite({"run": found.id, "members": documents}))

@@ -70,7 +70,8 @@ def _drive(run: Run, store: Store, on: str, data_root: Path, quiet: bool, json: 
     run.save_plan(plan)
     if not quiet:
         todo = len(plan.entries) - plan.count("hit")
-        console.note(f"{run.id}: {len(plan.entries)} members, {plan.count('hit')} hits, {todo} to run (on {on})")
+        wait = "; starting Ray takes some seconds" if on == "ray" and todo else ""
+        console.note(f"{run.id}: {len(plan.entries)} members, {plan.count('hit')} hits, {todo} to run (on {on}{wait})")
     display = make_display(graph.nodes, quiet)
     driven = drive(run, graph, store, make_executor(on, store), data_root, display)
     error = result.failure(run, graph, driven)

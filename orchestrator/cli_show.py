@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from moe.errors import NotFoundError, nearest
+from moe.errors import DataError, NotFoundError, nearest
 from orchestrator import console
 from orchestrator.runs import Run
 from orchestrator.runview import NodeView, RunView
@@ -27,6 +27,24 @@ def find_members(view: RunView, node: str) -> list[NodeView]:
         stages = [stage.name for stage in view.stages]
         raise NotFoundError(f"The run has no stage or member {node!r}.", nearest(node, [*stages, *view.nodes][:60]))
     return members
+
+
+def verify(store: Store, members: Sequence[NodeView]) -> int:
+    """Hash every file of the members' artifacts; returns how many artifacts were looked at.
+
+    Raises:
+        DataError: bytes have changed or files are gone; all of it is listed.
+    """
+    digests = {member.artifact: member.node for member in members if member.artifact}
+    problems = []
+    for digest, node in digests.items():
+        try:
+            problems += [f"{node}: {problem}" for problem in store.verify(store.artifact(digest))]
+        except NotFoundError as error:
+            problems.append(f"{node}: {error.message}")
+    if problems:
+        raise DataError("\n  ".join(["Damaged artifacts:", *problems]), "Submit again: what is damaged is made anew.")
+    return len(digests)
 
 
 def describe_run(run: Run, view: RunView, store: Store) -> dict[str, Any]:

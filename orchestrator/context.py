@@ -14,7 +14,8 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +31,7 @@ from orchestrator.stages.base import Member, StageBase
 from orchestrator.store import Store
 from workers.context import Input
 
+_LOCK_S = 0.2
 TrainFunction = Callable[[dict[str, Any]], None]
 
 
@@ -177,6 +179,22 @@ def _produce(task: Task, store: Store, launcher: Launcher, reporter: TaskReporte
         shutil.rmtree(output, ignore_errors=True)
 
 
+@contextmanager
+def _member_lock(store: Store, task: Task, reporter: TaskReporter) -> Iterator[None]:
+    """Hold the key's ``member`` lock; while another process has it, a stop still gets through."""
+    told = False
+    while (lock := store.try_lock(task.key, "member")) is None:
+        if not told:
+            reporter.log("waits for a process of an earlier attempt, or of another run, that works on the same key")
+            told = True
+        reporter.check()
+        time.sleep(_LOCK_S)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def run_member(task: Task, emit: Emit, launcher: Launcher = run_here, stop: Callable[[], bool] | None = None) -> Signal:
     """Run one member to its committed artifact, or to the error that says why not. Never raises.
 
@@ -192,7 +210,7 @@ def run_member(task: Task, emit: Emit, launcher: Launcher = run_here, stop: Call
     emit(Signal(task.node, "started", {"attempt": task.attempt, "pid": os.getpid()}))
     start = time.monotonic()
     try:
-        with store.lock(task.key, "member"):
+        with _member_lock(store, task, reporter):
             made = store.lookup(task.key)
             artifact = made or _produce(task, store, launcher, reporter)
             store.drop_scratch(task.key)

@@ -13,6 +13,7 @@ from orchestrator.spec import PipelineSpec, StageSpec
 from orchestrator.stages.base import Member, StageBase, StageConfig
 
 MAX_MEMBERS = 100_000
+_SAME_NUMBERS = "The two stages fan out differently; give their configs the same numbers."
 
 
 @dataclass
@@ -47,11 +48,37 @@ def add_stage(
                     assembly.problems.append(LintProblem("fan-out-mismatch", path, problem[0], problem[1]))
                 chosen[port] = ids
             by_seed[seed].append(_node(name, spec, member, seed, config, chosen))
+        told |= _left_over(assembly, name, stage, inputs, by_seed[seed], seed, told)
     assembly.by_seed[name] = by_seed
     nodes = [node for group in by_seed.values() for node in group]
     assembly.nodes.update({node.id: node for node in nodes})
     ids = tuple(node.id for node in nodes)
     assembly.views[name] = StageView(name, spec.kind, spec, stage, config, inputs, ids)
+
+
+def _left_over(
+    assembly: Assembly,
+    name: str,
+    stage: StageBase[Any],
+    inputs: Mapping[str, tuple[str, ...]],
+    nodes: Sequence[Node],
+    seed: int | None,
+    told: set[str],
+) -> set[str]:
+    """Ports of a mirrored fan-out that leave members of the upstream stage unread; notes a problem for each."""
+    ports: set[str] = set()
+    for port, ups in inputs.items():
+        seen = [node for up in ups for node in _visible(assembly, up, seed)]
+        used = {parent for node in nodes for parent in node.inputs[port]}
+        unread = [node.member.name for node in seen if node.id not in used]
+        if stage.inputs[port].many or port in told or not unread or not nodes:
+            continue
+        ports.add(port)
+        path = ("stages", name, "inputs", port)
+        text = f"leaves {_few(unread)} of {' and '.join(ups)} unread; its own members are "
+        text += f"{_few([node.member.name for node in nodes])}."
+        assembly.problems.append(LintProblem("fan-out-mismatch", path, text, _SAME_NUMBERS))
+    return ports
 
 
 def _node(
@@ -148,7 +175,7 @@ def _mismatch(
             f"takes one artifact, but {source} has one for each of {len(same)} seeds.",
             "A stage over all seeds needs a port that takes many.",
         )
-    shown = ", ".join(repr(name) for name in theirs[:4]) + (f", ... ({len(theirs)} in all)" if len(theirs) > 4 else "")
+    shown = _few(theirs)
     if not member.name:
         return (
             f"takes one artifact, but {source} has {len(nodes)} members ({shown}).",
@@ -156,5 +183,10 @@ def _mismatch(
         )
     return (
         f"member {member.name!r} finds no member of the same name in {source}, which has {shown}.",
-        "The two stages fan out differently; give their configs the same numbers.",
+        _SAME_NUMBERS,
     )
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first names, quoted, and how many there are."""
+    return ", ".join(repr(name) for name in names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")

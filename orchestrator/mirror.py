@@ -104,13 +104,13 @@ def sync(run: Run, store: Store, uri: str) -> TrackingState:
         BusyError: another process is writing this run.
     """
     from orchestrator.graph import build_graph
-    from orchestrator.tracking import Projection, connect
+    from orchestrator.projection import open_projection
 
     path = state_path(store, run.id)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(f"{path}.lock", timeout=0):
-            projection = Projection(run, build_graph(run.spec()), store, connect(uri), TrackingState.load(path, uri))
+            projection = open_projection(run, build_graph(run.spec()), store, TrackingState.load(path, uri))
             projection.advance()
             projection.state.error = ""
             projection.state.save(path)
@@ -126,7 +126,7 @@ def follow(run: Run, store: Store, uri: str) -> None:
     is missing.
     """
     from orchestrator.graph import build_graph
-    from orchestrator.tracking import Projection, connect
+    from orchestrator.projection import Projection, open_projection
 
     path = state_path(store, run.id)
     graph = build_graph(run.spec())
@@ -141,7 +141,7 @@ def follow(run: Run, store: Store, uri: str) -> None:
             over = status in ENDED or time.monotonic() - alone_since > _ALONE_S
             try:
                 if projection is None:
-                    projection = Projection(run, graph, store, connect(uri), TrackingState.load(path, uri))
+                    projection = open_projection(run, graph, store, TrackingState.load(path, uri))
                 projection.advance()
                 if projection.state.error:
                     projection.state.error = ""

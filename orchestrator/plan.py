@@ -106,10 +106,17 @@ class _History:
         return self._by_kind.get(kind, [])
 
     def like(self, node: Node, config: Mapping[str, str]) -> list[KeyRecord]:
-        """Those with the same config; failing these, all of the kind."""
-        records = self.of(node.kind)
-        same = [r for r in records if {k: v for k, v in r.parts.items() if k.startswith("config")} == config]
-        return same or records
+        """Those of the kind whose config differs in the fewest fields."""
+        best: list[KeyRecord] = []
+        fewest: int | None = None
+        for record in self.of(node.kind):
+            theirs = {name: value for name, value in record.parts.items() if name.startswith("config")}
+            differ = sum(theirs.get(name) != config.get(name) for name in {*theirs, *config})
+            if fewest is None or differ < fewest:
+                best, fewest = [], differ
+            if differ == fewest:
+                best.append(record)
+        return best
 
 
 def make_plan(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
@@ -19,6 +20,7 @@ from moe.errors import NotFoundError
 from orchestrator.positions import MAX_NODES, Budget, Place, Problem, SpecErrors, Tree
 
 MAX_BYTES = 1_000_000
+MAX_DEPTH = 60
 _TAG = "tag:yaml.org,2002:"
 _TEXT_TAGS = {_TAG + name for name in ("str", "timestamp", "value")}
 
@@ -90,9 +92,45 @@ def read_value(text: str, source: str) -> Tree:
     return tree
 
 
+class _TooLargeError(Exception):
+    """More nodes than a pipeline can have."""
+
+
+class _TooDeepError(Exception):
+    """More levels than a pipeline can have."""
+
+
+class _BoundedComposer(Composer):
+    """Stops early: composing a large file to the end would take half a minute."""
+
+    def __init__(self, loader: Any = None) -> None:
+        super().__init__(loader=loader)
+        self.nodes = 0
+        self.level = 0
+        self.warn_double_anchors = False  # YAML allows it: the nearest one above counts
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """See ruamel.yaml; counts nodes and levels."""
+        self.nodes += 1
+        self.level += 1
+        if self.nodes > 2 * MAX_NODES:  # keys are nodes as well
+            raise _TooLargeError
+        if self.level > MAX_DEPTH:
+            raise _TooDeepError
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
+
+
 def _compose(text: str, source: str) -> Node | None:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Composer = _BoundedComposer
     try:
-        return YAML(typ="safe", pure=True).compose(text)  # type: ignore[no-any-return, no-untyped-call]
+        return yaml.compose(text)  # type: ignore[no-any-return, no-untyped-call]
+    except _TooLargeError:
+        raise SpecErrors(source, [_too_large(source)]) from None
+    except _TooDeepError:
+        raise SpecErrors(source, [_too_deep(source)]) from None
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = Place(source, mark.line + 1, mark.column + 1) if mark else Place(source)
@@ -102,18 +140,21 @@ def _compose(text: str, source: str) -> Node | None:
     except YAMLError as error:
         reason = str(error).splitlines()[0]
         raise SpecErrors(source, [Problem(Place(source), "", f"not valid YAML: {reason}.")]) from None
-    except RecursionError:
-        raise SpecErrors(source, [Problem(Place(source), "", "is nested too deeply.")]) from None
     except ValueError as error:
         raise SpecErrors(source, [Problem(Place(source), "", f"not valid YAML: {error}.")]) from None
 
 
+def _too_large(source: str) -> Problem:
+    message = f"the file has more than {MAX_NODES:,} values after its aliases are expanded."
+    return Problem(Place(source), "", message, "Split it, or use fewer aliases.")
+
+
+def _too_deep(source: str) -> Problem:
+    return Problem(Place(source), "", f"the file is nested deeper than {MAX_DEPTH} levels.")
+
+
 def _place(source: str, node: Node) -> Place:
     return Place(source, node.start_mark.line + 1, node.start_mark.column + 1)
-
-
-class _TooLargeError(Exception):
-    pass
 
 
 class _Builder:
@@ -130,10 +171,9 @@ class _Builder:
         try:
             return self._node(node, key)
         except _TooLargeError:
-            message = f"has more than {MAX_NODES:,} values after its aliases are expanded."
-            self.problems.append(Problem(Place(self.source), "", message, "Split it, or use fewer aliases."))
-        except RecursionError:
-            self.problems.append(Problem(Place(self.source), "", "is nested too deeply."))
+            self.problems.append(_too_large(self.source))
+        except _TooDeepError:
+            self.problems.append(_too_deep(self.source))
         return Tree({}, key, key)
 
     def place(self, node: Node) -> Place:
@@ -152,6 +192,8 @@ class _Builder:
         if id(node) in self.open:
             self.refuse(node, f"alias *{node.anchor} contains itself.")
             return Tree(None, place, key)
+        if len(self.open) >= MAX_DEPTH:
+            raise _TooDeepError
         self.open.add(id(node))
         try:
             if node.tag not in (_TAG + "map", _TAG + "seq"):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 from orchestrator.executors.ray_env import prepare_environment, remove_dead_sessions
 
 _TEMP = prepare_environment()
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 import pytest  # noqa: E402
 

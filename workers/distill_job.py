@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
 
+from moe.errors import SpecError
 from workers.batches import ImageReader, Prefetcher
 from workers.checkpoints import CheckpointDir
 from workers.context import Reporter
@@ -113,6 +114,7 @@ def distill(config: dict[str, Any]) -> None:
     settings = job.settings
     distributed = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    _check_tasks(settings, world_size)
     device = setup(job.threads, settings.device, rank).device
     data = load_data(job.dataset, job.options, Path(job.data_root))
     with ExitStack() as stack:
@@ -128,6 +130,17 @@ def distill(config: dict[str, Any]) -> None:
     reporter.log(
         f"Distilled in {result.steps} steps on {engine.world_size} ranks; peak memory of rank 0: {peak:.2f} GB."
     )
+
+
+def _check_tasks(settings: DistillSettings, world_size: int) -> None:
+    """Gradients that are computed in the forward pass already hold the other ranks' share of the experts' gradient."""
+    uneven = settings.tasks_per_step % world_size != 0
+    if settings.ep_size > 1 and settings.meta.order != "second" and uneven:
+        raise SpecError(
+            f"Order {settings.meta.order!r} with ep_size={settings.ep_size} has "
+            f"{settings.tasks_per_step} tasks per step for {world_size} ranks.",
+            "Make tasks_per_step a multiple of the number of ranks, or use order: second.",
+        )
 
 
 def _data_side(
@@ -174,17 +187,16 @@ def make_engine(module: EpisodeModule, settings: DistillSettings, device: torch.
         SpecError: expert parallelism without DeepSpeed, or sizes that do not divide.
         EnvironmentProblem: DeepSpeed was asked for by name and is not there.
     """
-    from moe.errors import SpecError
     from workers.engines import deepspeed as parallel
     from workers.engines.torch import TorchEngine
 
     aggregator = [p for p in module.aggregator.parameters() if p.requires_grad]
-    if module.rates is not None:
-        aggregator += list(module.rates.parameters())
     groups = [
         ParamGroup("student", list(module.student.parameters()), settings.student_lr, settings.weight_decay),
         ParamGroup("aggregator", aggregator, settings.aggregator_lr, settings.weight_decay),
     ]
+    if module.rates is not None:
+        groups.append(ParamGroup("rates", list(module.rates.parameters()), settings.rates_lr))
     # Precision is part of the meta step itself (autocast inside the episode), so the engine adds none.
     options = OptimizerOptions(settings.optimizer, momentum=0.9, clip=settings.clip)
     reason = "" if settings.engine == "torch" else parallel.available()
@@ -219,7 +231,7 @@ def loop_spec(settings: DistillSettings, per_epoch: int, seed: int, metric: str)
     return LoopSpec(
         steps=steps,
         seed=mix(seed, 4),
-        schedules={"student": chosen, "aggregator": chosen if settings.aggregator_schedule == "same" else constant()},
+        schedules={"student": chosen, "rates": chosen, "aggregator": chosen if settings.aggregator_schedule == "same" else constant()},
         reset_optimizer_every=per_epoch if settings.reset_optimizer else None,
         ema_decay=settings.ema_decay,
         checkpoint_every=settings.checkpoint_every,
@@ -271,7 +283,7 @@ def write_result(job: DistillJob, module: EpisodeModule, result: FitResult) -> N
         "evaluations": [{"step": e.step, "selected": e.selected, **e.scores} for e in result.evaluations],
     }
     if module.rates is not None:
-        module.rates.log_scale.data.copy_(state["rates.log_scale"])
+        module.rates.rate.data.copy_(state["rates.rate"])
         record["rates"] = module.rates.values()
     (output / RESULT_FILE).write_text(json.dumps(record, indent=1, sort_keys=True))
 

@@ -19,7 +19,8 @@ class DistillSettings(BaseModel):
 
     meta: MetaStepSpec = Field(description="inner step, order of the gradient, exclusion, precision")
     student_lr: float = Field(gt=0, description="rate beta_s of student and head")
-    aggregator_lr: float = Field(gt=0, description="rate beta_t of the aggregator (and of learned inner rates)")
+    aggregator_lr: float = Field(gt=0, description="rate beta_t of the aggregator")
+    rates_lr: float = Field(default=1e-3, gt=0, description="rate of the learned inner rates (meta.learn_rates)")
     support: int = Field(ge=1, description="images of an episode that the inner step adapts on")
     query: int = Field(ge=1, description="images of an episode that the loss is taken on")
     epochs: int | None = Field(default=None, ge=1, description="epochs of floor(rows / images per step) steps")

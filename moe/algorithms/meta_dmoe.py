@@ -57,7 +57,7 @@ class MetaPhase(Settings):
     step: MetaStepSpec = Field(description="Inner step, order, exclusion.")
     student_lr: float = Field(gt=0, description="Outer rate beta_s of student and head (Adam).")
     aggregator_lr: float = Field(gt=0, description="Outer rate beta_t of the aggregator (Adam).")
-    rates_lr: float = Field(default=1e-2, gt=0, description="Outer rate of learned inner rates (their logarithms).")
+    rates_lr: float = Field(default=1e-3, gt=0, description="Outer rate of learned inner rates (Adam).")
     weight_decay: float = Field(default=0.0, ge=0, description="Of all groups.")
     schedule: Literal["exponential", "cosine", "constant"] = Field(
         default="exponential",

@@ -22,6 +22,7 @@ from moe.errors import EnvironmentProblem, InfeasibleError, RunFailed
 from orchestrator.artifacts import quiet_remove
 from orchestrator.capacity import Amounts, Capacity, machine_capacity, rank_demand
 from orchestrator.executors.base import Deliver, Signal, Task
+from orchestrator.executors.pool import Pool, Runner
 from orchestrator.executors.ray_env import prepare_environment, remove_dead_sessions
 
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -30,19 +31,11 @@ _HIDDEN = ("node:", "object_store_memory", "accelerator_type:")
 
 
 @dataclass
-class _Runner:
-    """An actor of the pool. ``holds``: what it takes from Ray as long as it lives."""
-
-    actor: Any
-    holds: Amounts
-
-
-@dataclass
 class _Job:
     """A task that is running. ``demand``: what it takes in all."""
 
     task: Task
-    runner: _Runner
+    runner: Runner
     ref: Any
     demand: Amounts
     since: float
@@ -75,7 +68,7 @@ class RayExecutor:
         self._started = False
         self._processes: list[Any] = []
         self._sink: Any = None
-        self._idle: list[_Runner] = []
+        self._pool = Pool(self._end_actor)
         self._jobs: dict[str, _Job] = {}
 
     # ---- the connection --------------------------------------------------------------------------------------------
@@ -101,6 +94,11 @@ class RayExecutor:
         return None
 
     def connect(self) -> None:
+        """Start the embedded Ray or join the cluster; the first task does it otherwise.
+
+        Raises:
+            EnvironmentProblem: it does not start, or nobody answers at the address.
+        """
         if self._started:
             return
         folder = prepare_environment(self._preload)
@@ -151,7 +149,8 @@ class RayExecutor:
         """Report what was running as lost, and forget the dead Ray; the next task starts a new one."""
         import ray
 
-        jobs, self._jobs, self._idle, self._sink = list(self._jobs.values()), {}, [], None
+        jobs, self._jobs, self._sink = list(self._jobs.values()), {}, None
+        self._pool.clear(end=False)
         self._processes, self._started = [], False
         ray.shutdown()
         if self._restarts == 0:
@@ -173,12 +172,13 @@ class RayExecutor:
         quiet_remove(flag)
         demand = {name: amount * task.resources.workers for name, amount in rank_demand(task.resources).items()}
         holds = {} if task.gang and task.resources.workers > 1 else self._held(demand)
-        runner = next((idle for idle in self._idle if idle.holds == holds), None)
-        if runner is not None:
-            self._idle.remove(runner)
-        if runner is None or holds != demand:
-            self._make_room(demand)
-        runner = runner or _Runner(self._new_actor(holds), holds)
+        runner = self._pool.take(holds)
+        if task.gang or runner is None:
+            # The ranks of a gang take their share from Ray themselves, even where the ledger counts for the rest.
+            gang = task.gang and task.resources.workers > 1
+            busy = [self._held(job.demand) for job in self._jobs.values()]
+            self._pool.make_room(demand if gang else holds, busy, self.capacity())
+        runner = runner or Runner(self._new_actor(holds), holds)
         ref = runner.actor.run.remote(task, self._sink)
         self._jobs[task.node] = _Job(task, runner, ref, demand, time.monotonic())
 
@@ -200,23 +200,7 @@ class RayExecutor:
             options["memory"] = int(holds["memory_gb"] * 1e9)
         return RemoteRunner.options(**options).remote(paths)  # type: ignore[attr-defined]
 
-    def _make_room(self, demand: Mapping[str, float]) -> None:
-        """End idle actors of other shapes that hold what a new actor or gang needs."""
-        capacity = self.capacity()
-        total = capacity.total if capacity else {}
-        alone = capacity is not None and len(capacity.machines) == 1
-        for runner in [idle for idle in self._idle if set(idle.holds) & set(demand)]:
-            held = [self._held(job.demand) for job in self._jobs.values()] + [idle.holds for idle in self._idle]
-            short = any(
-                sum(amounts.get(name, 0.0) for amounts in held) + amount > total.get(name, 0.0) + 1e-9
-                for name, amount in demand.items()
-            )
-            # Over several machines the sum says nothing about where there is room.
-            if short or not alone:
-                self._idle.remove(runner)
-                self._end_actor(runner)
-
-    def _end_actor(self, runner: _Runner) -> None:
+    def _end_actor(self, runner: Runner) -> None:
         import ray
 
         with suppress(ray.exceptions.RayError):
@@ -294,7 +278,7 @@ class RayExecutor:
                 RunFailed(f"{job.task.node}: its worker process {what} ({said})", f"Its log is {job.task.log}."),
             )
         if signal.kind == "finished":
-            self._idle.append(job.runner)
+            self._pool.give(job.runner)
         else:
             self._end_actor(job.runner)  # whatever state the failure left behind goes with it
         return signal
@@ -321,11 +305,10 @@ class RayExecutor:
 
         for job in self._jobs.values():
             self._end_actor(job.runner)
-        for runner in self._idle:
-            self._end_actor(runner)
+        self._pool.clear()
         with suppress(ray.exceptions.RayError):
             ray.kill(self._sink)
-        self._jobs, self._idle, self._started, self._processes = {}, [], False, []
+        self._jobs, self._started, self._processes = {}, False, []
         if self._owned:
             ray.shutdown()
             self._owned = False

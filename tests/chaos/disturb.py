@@ -124,11 +124,11 @@ class Arena:
         found: dict[str, str] = json.loads((self.runs()[-1] / "artifacts.json").read_text())
         return found
 
-    def twice(self) -> dict[str, int]:
-        """Step -> times it was executed beyond the first, from the journal (only the chaos stages write it)."""
+    def journal(self) -> list[tuple[float, str, int]]:
+        """(time, member, step) of every step really executed, in order; only the chaos stages write it."""
         path = self.folder / "journal"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return {line: lines.count(line) - 1 for line in set(lines) if lines.count(line) > 1}
+        lines = [line.rsplit(" ", 1) for line in path.read_text().splitlines()] if path.exists() else []
+        return [(float(head.split(" ", 1)[0]), head.split(" ", 1)[1], int(step)) for head, step in lines]
 
     def tail(self) -> str:
         """The last words of the command line, for messages of failed tests."""
@@ -155,6 +155,7 @@ def disturbed(
     process = arena.submit()
     end = time.monotonic() + _DEAD_S
     struck: Strike | None = None
+    ends = 0
     due = _next(rng, pause_s)
     while True:
         assert time.monotonic() < end, f"The round does not end.\n{arena.tail()}"
@@ -165,9 +166,10 @@ def disturbed(
                 break
             # Killed before the run record existed: nothing to resume, submit again.
             runs = arena.runs()
-            if struck is not None:
-                struck.recovered_by = "resume"
-            assert process.returncode != 2, arena.tail()
+            assert struck is not None and not struck.recovery_s, f"It ended without being hit.\n{arena.tail()}"
+            struck.recovered_by = "resume"
+            ends += 1
+            assert ends <= 2 * len(strikes), f"Resumes don't help.\n{arena.tail()}"
             process = arena.start("resume", runs[-1].name) if runs else arena.submit()
             due = _next(rng, pause_s)
             continue
@@ -181,7 +183,6 @@ def disturbed(
             struck = _strike(process.pid, deck, rng, family, len(strikes) + 1, number) or struck
             if struck is not None and struck not in strikes:
                 strikes.append(struck)
-    account(arena.events(), [strike for strike in strikes if strike.round == number])
     return arena.artifacts()
 
 
@@ -220,8 +221,16 @@ def _first_step_after(events: Sequence[Event], moment: float) -> float | None:
     return next((event.time for event in events if event.time > moment and event.kind in moves), None)
 
 
-def account(events: Sequence[Event], strikes: Sequence[Strike]) -> None:
-    """Charge every step that a member did twice to the latest strike before it, from the run record alone.
+def account(arena: Arena, strikes: Sequence[Strike]) -> None:
+    """Fill in the ``repeated`` of a round's strikes: exactly where there is a journal, else from the run record."""
+    if journal := arena.journal():
+        account_exactly(journal, strikes)
+    else:
+        account_by_record(arena.events(), strikes)
+
+
+def account_by_record(events: Sequence[Event], strikes: Sequence[Strike]) -> None:
+    """Charge every step that a member did twice to the latest strike before it.
 
     A member that begins again at step k (it says so in its log; else 0) after it had reported d > k steps did d - k of
     them twice. Progress is reported at most five times a second, so steps after the last report are not seen here.
@@ -241,6 +250,17 @@ def account(events: Sequence[Event], strikes: Sequence[Strike]) -> None:
                 if again > 0 and blamed:
                     blamed[-1].repeated[event.node] = blamed[-1].repeated.get(event.node, 0) + again
             done[event.node] = int(data["done"])
+
+
+def account_exactly(journal: Sequence[tuple[float, str, int]], strikes: Sequence[Strike]) -> None:
+    """Charge every step that was executed again to the latest strike before that, from the journal."""
+    seen: set[tuple[str, int]] = set()
+    for when, member, step in journal:
+        if (member, step) in seen:
+            blamed = [strike for strike in strikes if strike.time <= when]
+            assert blamed, f"{member} did step {step} twice although nothing was killed."
+            blamed[-1].repeated[member] = blamed[-1].repeated.get(member, 0) + 1
+        seen.add((member, step))
 
 
 def table(strikes: Sequence[Strike]) -> str:

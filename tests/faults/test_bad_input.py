@@ -201,3 +201,43 @@ def test_damaged_weights(content, name, tmp_path):
     with pytest.raises(CheckpointError, match=name):
         read_state(path)
     assert not Path("pwned").exists()
+
+
+TRAIN = (
+    PREPARE
+    + """
+  model:
+    kind: train
+    inputs: {data: "${stages.data}"}
+    config:
+      backbone: {name: tiny_cnn, pretrained: PATH}
+      training: {batch_size: 360, steps: 1, lr: 0.001}
+"""
+)
+
+
+def submit_training(tmp_path: Path, pretrained: str) -> Said:
+    path = tmp_path / "train.yaml"
+    path.write_text(HEAD + TRAIN.replace("PATH", pretrained))
+    return moepipe("submit", path, "--on", "inline", "--data", tmp_path / "data", store=tmp_path / "store")
+
+
+def test_training_meets_a_corrupt_image_and_goes_on_when_it_is_repaired(tmp_path):
+    folder = copy_of("camelyon17", tmp_path / "data")
+    image = folder / "patches" / "patient_000_node_0" / "patch_patient_000_node_0_x_0_y_0.png"
+    whole = image.read_bytes()
+    truncate(image)
+    fine(submit_training(tmp_path, "false"), 6, str(image), "cannot be decoded")
+    replace(image, whole)
+    fine(submit_training(tmp_path, "false"), 0, "finished")
+
+
+def test_training_meets_truncated_weights(tmp_path):
+    import torch
+
+    copy_of("camelyon17", tmp_path / "data")
+    weights = tmp_path / "weights.pth"
+    torch.save({"conv.weight": torch.zeros(64, 64, 3, 3)}, weights)
+    truncate(weights)
+    fine(submit_training(tmp_path, str(weights)), 6, "weights.pth")
+    fine(submit_training(tmp_path, str(tmp_path / "nowhere.pth")), 4, "nowhere.pth")

@@ -81,7 +81,7 @@ def test_adaptation_repeats_the_inner_step_of_meta_training():
     run = method(method.preset("rotated14", backbone={"name": "tiny_cnn", "channels": 1, "width": 2}))
     module, batch = run.build(3), episode()
     with torch.no_grad():
-        module.rates.log_scale.normal_()
+        module.rates.rate.normal_()
     rates = module.rates.values()
     result = run.adaptation(rates).adapt(module.student, batch.support, batch.tokens_SED, module.aggregator)
     with torch.no_grad():

@@ -54,7 +54,9 @@ def test_what_enters_the_key():
 
 def test_what_does_not_enter_the_key():
     stages = {"a": {"kind": "numbers"}}
-    same = {"a": {"kind": "numbers", "description": "x", "resources": {"cpus": 2}, "retry": {"user": 2}, "timeout_s": 9}}
+    same = {
+        "a": {"kind": "numbers", "description": "x", "resources": {"cpus": 2}, "retry": {"user": 2}, "timeout_s": 9}
+    }
     assert cache_key(node(stages, "a/seed=0"), {}) == cache_key(node(same, "a/seed=0"), {})
 
 

@@ -267,6 +267,13 @@ def test_show_of_a_member(done):
     assert "Did you mean 'slow/seed=1'?" in call("show", "latest", "slow/seed=11", code=4).stderr
 
 
+def test_verify_finds_changed_bytes(done):
+    assert "7 artifacts verified" in call("show", "--verify").stderr
+    file = Path(document("show", "latest", "report")["members"][0]["artifact"]["path"]) / "value.json"
+    file.write_bytes(file.read_bytes().replace(b"value", b"vague"))
+    assert "file value.json has other bytes" in call("show", "latest", "report", "--verify", code=6).stderr
+
+
 def test_logs_of_a_run_filter(done):
     text = call("logs").stdout
     assert "report: started, attempt 1" in text and text.splitlines()[-1].endswith("finished, 0 hits")

@@ -172,7 +172,9 @@ def test_printing_members_do_not_disturb_the_document(folder):
 def test_a_closed_pipe_is_no_error(folder):
     finish(start(folder, "submit", "quick.yaml", "--on", "inline"))
     command = f"'{sys.executable}' -c '{ENTRY}' schema | head -1"
-    done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment(), capture_output=True, text=True, timeout=60
+    )
     assert done.stdout == "{\n" and done.stderr == ""
 
 

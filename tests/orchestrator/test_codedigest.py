@@ -40,7 +40,9 @@ def package(tmp_path, monkeypatch):
 
 def test_the_closure_follows_imports_without_importing(package):
     found = code_digests([f"{package.name}.stage"])
-    assert sorted(found) == sorted(f"{package.name}/{file}" for file in ("__init__.py", "stage.py", "helper.py", "late.py"))
+    assert sorted(found) == sorted(
+        f"{package.name}/{file}" for file in ("__init__.py", "stage.py", "helper.py", "late.py")
+    )
     assert package.name not in sys.modules
 
 
@@ -73,7 +75,9 @@ def test_a_change_deep_in_the_closure_counts_and_one_outside_does_not(package):
 def test_plumbing_does_not_count():
     found = code_digests(["tests.support.toy_stages.sum"])
     assert "tests/support/toy_stages/_files.py" in found
-    assert not any(name.startswith(("orchestrator/", "moe/errors", "moe/registry", "workers/context")) for name in found)
+    assert not any(
+        name.startswith(("orchestrator/", "moe/errors", "moe/registry", "workers/context")) for name in found
+    )
 
 
 def test_a_module_that_is_not_there():

@@ -86,11 +86,11 @@ def test_errors_become_one_sentence_and_the_traceback_stays_in_the_log(monkeypat
 
 
 def test_an_error_that_does_not_pickle_is_told_all_the_same():
-    class Odd(MoepipeError):
+    class OddError(MoepipeError):
         def __init__(self, a, b, c):
             super().__init__("odd")
 
-    assert type(readable(Odd(1, 2, 3), "n", Path("log"))) is RunFailed
+    assert type(readable(OddError(1, 2, 3), "n", Path("log"))) is RunFailed
 
 
 def test_an_artifact_is_not_made_from_what_is_not_json(monkeypatch, store):
@@ -151,7 +151,10 @@ def test_ctrl_c_inside_a_member_interrupts_the_run(monkeypatch, store):
 
 
 def test_inputs_and_members_arrive_in_order(monkeypatch, store):
-    stages = {"a": {"kind": "numbers", "config": {"count": 12}}, "all": {"kind": "gather", "inputs": {"numbers": ["${stages.a}"]}}}
+    stages = {
+        "a": {"kind": "numbers", "config": {"count": 12}},
+        "all": {"kind": "gather", "inputs": {"numbers": ["${stages.a}"]}},
+    }
     outcome, _ = go(pipeline(stages, seeds=(0, 1)), store)
     members = store.artifact(outcome.artifacts["all"]).meta["members"]
     assert members == [f"seed={seed}/item={item}" for seed in (0, 1) for item in range(12)]

@@ -88,6 +88,15 @@ def test_mirrored_fan_outs_of_different_size_are_told_apart(tmp_path):
     assert (problem.place.source, problem.place.line > 2) == (str(path), True)
 
 
+def test_members_that_a_mirrored_stage_leaves_unread_are_told(tmp_path):
+    path = write(tmp_path)
+    with pytest.raises(SpecErrors) as caught:
+        load(path, overrides=["stages.squares.config.count=2"])
+    (problem,) = caught.value.problems
+    assert problem.path == "stages.squares.inputs.number"
+    assert "leaves 'item=2' of source unread; its own members are 'item=0', 'item=1'." in problem.message
+
+
 def test_a_named_member_does_not_take_another_members_artifact(tmp_path):
     """A fan-out of one named member is not a shared artifact for ``item=1``."""
     with pytest.raises(SpecErrors, match="takes one artifact, but source has 2 members"):

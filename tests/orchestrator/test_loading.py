@@ -248,13 +248,13 @@ def _reference(name, times=1):
 
 def test_references_cannot_blow_up(tmp_path):
     lists = "\n".join(f"  l{i}: [{', '.join([_reference(f'l{i - 1}')] * 10)}]" for i in range(1, 9))
-    started = time.perf_counter()
+    started = time.process_time()
     found = messages(source(tmp_path, top=f"params:\n  l0: [1]\n{lists}\n"))
     assert any("more than 10,000 values" in text for text in found)
     texts = "\n".join(f"  t{i}: {_reference(f't{i - 1}', 10)}" for i in range(1, 9))
     found = messages(source(tmp_path, top=f"params:\n  t0: aaaaaaaaaa\n{texts}\n"))
     assert any("more than 100,000 characters" in text for text in found)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 # ---- bad files ---------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_references_cannot_blow_up(tmp_path):
         (b"a: !!int x\n", ":1:4: 'x' is not an integer."),
         (b"1: a\n", ":1:1: keys must be text."),
         (b"? [a]\n: b\n", "keys must be text."),
-        (b"a: " + b"[" * 5000, "is nested too deeply."),
+        (b"a: " + b"[" * 5000, ": the file is nested deeper than 60 levels."),
         (b"a: 1\n" * 250_000, "is larger than 1000 kB"),
         (b"a\x00b: 1\n", "not valid YAML"),
         (b"a: " + b"9" * 5000 + b"\n", "is not an integer."),
@@ -311,10 +311,19 @@ def test_alias_bomb(tmp_path):
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
     path = tmp_path / "bomb.yaml"
     path.write_text("\n".join(lines))
-    started = time.perf_counter()
+    started = time.process_time()
     (message,) = messages(path)
     assert "more than 10,000 values after its aliases are expanded" in message
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
+
+
+def test_too_many_values_are_refused_before_they_are_all_read(tmp_path):
+    path = tmp_path / "long.yaml"
+    path.write_text("".join(f"k{i}: [1, 2, 3]\n" for i in range(50_000)))
+    started = time.process_time()
+    (message,) = messages(path)
+    assert "more than 10,000 values" in message
+    assert time.process_time() - started < 15
 
 
 def test_anchors_and_merge_keys_work(tmp_path):
@@ -331,6 +340,12 @@ def test_anchors_and_merge_keys_work(tmp_path):
     spec = load_pipeline(path)
     assert spec.stages["a"].config == {"value": 2, "count": 3}
     assert spec.stages["b"].config == {"value": 2, "count": 2}
+
+
+def test_an_anchor_may_be_redefined_and_fifty_levels_are_fine(tmp_path, recwarn):
+    top = "params:\n  a: &x 1\n  b: *x\n  c: &x 2\n  d: *x\n  e: " + "[" * 50 + "]" * 50 + "\n"
+    params = load_pipeline(source(tmp_path, top=top)).params
+    assert (params["b"], params["d"]) == (1, 2) and not recwarn.list
 
 
 def test_yaml_1_2(tmp_path):
@@ -528,9 +543,9 @@ def test_fifty_stages_and_a_thousand_members_load_in_half_a_second(tmp_path):
     path = write(tmp_path, "\n".join(lines))
     times = []
     for _ in range(3):
-        started = time.perf_counter()
+        started = time.process_time()
         graph = load(path).graph
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     assert len(graph.nodes) > 1000 and len(graph.stages) == 50
     assert min(times) < 0.5
 

@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 import threading
@@ -52,13 +51,18 @@ def test_a_killed_actor_is_retried_from_its_checkpoint_and_gives_the_same_digest
     outcome, run = go(pipeline({"s": SLOW}), store, executor, listeners=[murder])
     assert outcome.status == "finished" and outcome.artifacts == calm.artifacts
     (failed,) = (event.data for event in run.events() if event.kind == "member-failed")
-    assert failed["line"].startswith("retry: cause=infrastructure count=1 limit=3 error=s/seed=0: its worker process died")
+    assert failed["line"].startswith(
+        "retry: cause=infrastructure count=1 limit=3 error=s/seed=0: its worker process died"
+    )
     resumed = int(run.log_path("s/seed=0").read_text().split("continues at step ")[1].split()[0])
     assert resumed >= 10
 
 
 def test_errors_and_logs_cross_the_processes(executor, store):
-    stages = {"bad": {"kind": "numbers", "config": {"fail_times": 1}}, "good": {"kind": "sleepy", "config": {"crash_at": 1}}}
+    stages = {
+        "bad": {"kind": "numbers", "config": {"fail_times": 1}},
+        "good": {"kind": "sleepy", "config": {"crash_at": 1}},
+    }
     outcome, run = go(pipeline(stages), store, executor)
     assert outcome.status == "failed" and type(outcome.failures["bad/seed=0"].error) is RunFailed
     assert outcome.failures["bad/seed=0"].error.message == "bad/seed=0 failed: RuntimeError: item 0 fails on purpose."
@@ -69,7 +73,9 @@ def test_errors_and_logs_cross_the_processes(executor, store):
 
 def test_a_process_that_exits_uses_up_its_budget(executor, store):
     config = {"fail_times": 9, "fail_how": "exit"}
-    outcome, run = go(pipeline({"a": {"kind": "numbers", "config": config, "retry": {"infrastructure": 1}}}), store, executor)
+    outcome, run = go(
+        pipeline({"a": {"kind": "numbers", "config": config, "retry": {"infrastructure": 1}}}), store, executor
+    )
     decisions = [event.data["decision"] for event in run.events() if event.kind == "member-failed"]
     assert outcome.status == "failed" and decisions == ["retry", "fail"]
     assert "its worker process died" in outcome.error.message
@@ -109,32 +115,3 @@ def test_a_gang_is_a_ray_train_job(executor, store, tmp_path):
     there, _ = go(pipeline(stages), store, executor)
     assert there.status == "finished" and there.artifacts == here.artifacts
     assert list((store.folder / "scratch").iterdir()) == []
-
-
-@pytest.mark.chaos
-def test_a_killed_raylet_is_started_again_and_the_digest_is_the_same(store, tmp_path):
-    """In a process of its own: it ends the Ray that it runs on."""
-    import subprocess
-    import sys
-
-    script = """
-import json, os, sys
-from orchestrator.executors.ray import RayExecutor
-from orchestrator.store import Store
-from tests.support.pipelines import go, pipeline
-stages = json.loads(sys.argv[2])
-executor = RayExecutor(num_cpus=2, preload=())
-killed = []
-def murder(event):
-    if event.kind == "member-progress" and event.data["done"] >= 12 and not killed:
-        killed.append(1)
-        executor._processes[0].kill()
-outcome, run = go(pipeline(stages), Store.open(sys.argv[1]), executor, listeners=[murder])
-print(json.dumps([outcome.status, dict(outcome.artifacts), killed]))
-"""
-    calm, _ = go(pipeline({"s": SLOW}), Store.open(tmp_path / "calm"))
-    env = {**os.environ, "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(
-        [sys.executable, "-c", script, store.url, json.dumps({"s": SLOW})], capture_output=True, text=True, env=env, timeout=240
-    )
-    assert json.loads(done.stdout.splitlines()[-1]) == ["finished", dict(calm.artifacts), [1]], done.stderr

@@ -82,7 +82,16 @@ def no_waiting(monkeypatch):
 
 def test_longest_first(store):
     executor = FakeExecutor()
-    go(pipeline({"a": {"kind": "numbers", "config": {"count": 4}}, "z": {"kind": "sum", "inputs": {"numbers": "${stages.a}"}}}), store, executor)
+    go(
+        pipeline(
+            {
+                "a": {"kind": "numbers", "config": {"count": 4}},
+                "z": {"kind": "sum", "inputs": {"numbers": "${stages.a}"}},
+            }
+        ),
+        store,
+        executor,
+    )
     assert executor.log == [f"a/seed=0/item={i}" for i in (3, 2, 1, 0)] + ["z/seed=0"]
     assert executor.closed
 
@@ -96,7 +105,10 @@ def test_the_ledger_limits_what_runs_at_once(store):
 
 def test_what_can_never_fit_ends_the_run_before_anything_starts(store):
     executor = FakeExecutor(Capacity(({"cpus": 2.0},)))
-    stages = {"a": {"kind": "numbers"}, "b": {"kind": "sum", "inputs": {"numbers": "${stages.a}"}, "resources": {"cpus": 5}}}
+    stages = {
+        "a": {"kind": "numbers"},
+        "b": {"kind": "sum", "inputs": {"numbers": "${stages.a}"}, "resources": {"cpus": 5}},
+    }
     runs = RunStore(store)
     run = runs.create(pipeline(stages))
     with pytest.raises(InfeasibleError, match="b/seed=0 asks for 5 cpus"):
@@ -113,7 +125,12 @@ def test_hits_need_no_capacity(store):
 
 @pytest.mark.parametrize(
     ("cause", "attempts", "status"),
-    [("user", 1, "failed"), ("out_of_memory", 2, "failed"), ("infrastructure", 4, "failed"), ("preemption", 9, "finished")],
+    [
+        ("user", 1, "failed"),
+        ("out_of_memory", 2, "failed"),
+        ("infrastructure", 4, "failed"),
+        ("preemption", 9, "finished"),
+    ],
 )
 def test_retry_budgets(store, cause, attempts, status):
     executor = FakeExecutor(script={"a/seed=0": [cause] * 8})
@@ -165,13 +182,16 @@ def test_a_port_that_takes_one_artifact_cannot_do_without_it(store):
 
 def test_a_timeout_kills_and_is_not_retried(store):
     executor = FakeExecutor(script={"a/seed=0": ["wait"] * 100})
-    outcome, run = go(pipeline({"a": {"kind": "numbers", "timeout_s": 0.1}}), store, executor)
+    outcome, _run = go(pipeline({"a": {"kind": "numbers", "timeout_s": 0.1}}), store, executor)
     assert executor.killed == [("a/seed=0", True)] and len(executor.log) == 1
     assert outcome.failures["a/seed=0"].cause == "timeout" and "timeout_s of 0.1 s" in outcome.error.message
 
 
 def test_a_graceful_stop_keeps_checkpoints_and_a_resume_gives_the_same_bytes(store, tmp_path):
-    stages = {"s": {"kind": "sleepy", "config": {"steps": 40, "checkpoint_every": 5}}, "t": {"kind": "sum", "inputs": {"numbers": "${stages.s}"}}}
+    stages = {
+        "s": {"kind": "sleepy", "config": {"steps": 40, "checkpoint_every": 5}},
+        "t": {"kind": "sum", "inputs": {"numbers": "${stages.s}"}},
+    }
     undisturbed, _ = go(pipeline(stages), Store.open(tmp_path / "other"))
     stop = threading.Event()
 
@@ -194,7 +214,7 @@ def test_kill_ends_at_once(store):
     executor = FakeExecutor(script={"a/seed=0": ["wait"] * 10_000})
     threading.Timer(0.2, kill.set).start()
     start = time.monotonic()
-    outcome, run = go(pipeline({"a": {"kind": "numbers"}}), store, executor, kill=kill)
+    outcome, _run = go(pipeline({"a": {"kind": "numbers"}}), store, executor, kill=kill)
     assert outcome.status == "interrupted" and time.monotonic() - start < 5 and executor.closed
 
 
@@ -212,13 +232,13 @@ def test_listeners_hear_everything_and_one_that_raises_is_dropped(store, caplog)
 
     outcome, run = go(pipeline(DIAMOND), store, listeners=[broken, heard.append])
     assert outcome.status == "finished" and heard == list(run.events())
-    assert caplog.text.count("tracking server is down") == 1
+    assert caplog.text.count("gets no more events") == 1
 
 
 def test_equal_work_within_a_run_is_done_once(store):
     twin = {"kind": "sum", "inputs": {"numbers": "${stages.a}"}}
     stages = {"a": {"kind": "numbers"}, "all": {"kind": "gather", "inputs": {"numbers": ["${stages.a}"]}}, "b": twin}
-    outcome, run = go(pipeline(stages), store, FakeExecutor())
+    outcome, _run = go(pipeline(stages), store, FakeExecutor())
     assert outcome.status == "finished"
 
 
@@ -256,7 +276,10 @@ def test_two_runs_make_one_artifact_once(store):
 def test_a_fan_out_of_500_empty_members_inline_is_quick_and_flat(store):
     import resource
 
-    stages = {"a": {"kind": "numbers", "config": {"count": 500}}, "b": {"kind": "sum", "inputs": {"numbers": "${stages.a}"}}}
+    stages = {
+        "a": {"kind": "numbers", "config": {"count": 500}},
+        "b": {"kind": "sum", "inputs": {"numbers": "${stages.a}"}},
+    }
     graph = build_graph(pipeline(stages))
     assert len(graph.nodes) == 501
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

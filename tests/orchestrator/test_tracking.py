@@ -165,7 +165,7 @@ def test_failed_members_are_failed_runs(tracked):
     found = runs_in(tracked)
     states = {name: item.info.status for name, item in found.items()}
     assert states["numbers/seed=0/item=0"] == "FINISHED" and states["numbers/seed=0/item=1"] == "FAILED"
-    assert states[run.id] == "FAILED" and "total/seed=0" not in states
+    assert states[run.id] == states["numbers"] == "FAILED" and "total/seed=0" not in states
     assert "on purpose" in found["numbers/seed=0/item=1"].data.tags["moepipe.error"]
 
 

@@ -8,11 +8,20 @@ import pytest
 import torch
 from torch import nn
 
+from moe.backbones import build_classifier, build_student
 from moe.errors import CheckpointError, NotFoundError
+from moe.specs import BackboneSpec, StudentMoESpec
 from workers.checkpoints import Checkpoint, CheckpointDir
 from workers.engines.base import EngineState
 from workers.engines.torch import load_strict
-from workers.modelfile import load_tensors, save_tensors
+from workers.modelfile import (
+    MODEL_FILE,
+    load_classifier,
+    load_student,
+    load_tensors,
+    model_meta,
+    save_tensors,
+)
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -104,6 +113,38 @@ def test_a_file_of_another_model_names_its_tensors():
     net = nn.Linear(2, 3)
     with pytest.raises(CheckpointError, match=r"missing: bias; unexpected: scale; wrong shape: weight \(3, 5\)"):
         load_strict(net, {"weight": torch.zeros(3, 5), "scale": torch.zeros(1)})
+
+
+SPEC = BackboneSpec(name="tiny_cnn", channels=1, width=2)
+
+
+def artifact(folder, form="classifier", moe=None):
+    torch.manual_seed(1)
+    module = build_classifier(SPEC, 3) if form == "classifier" else build_student(SPEC, 3, moe)
+    save_tensors(folder / MODEL_FILE, module.state_dict())
+    return module.eval(), model_meta(form, SPEC, 3, 32, "toy", moe)
+
+
+def test_a_model_artifact_gives_the_same_outputs_in_every_form(tmp_path):
+    x = torch.randn(4, 1, 12, 12)
+    classifier, meta = artifact(tmp_path / "c")
+    assert json.loads(json.dumps(meta)) == meta
+    assert torch.equal(load_classifier(tmp_path / "c", meta)(x), classifier(x))
+    assert torch.equal(load_student(tmp_path / "c", meta)(x), classifier(x))
+    # A fresh MoE block starts as the identity.
+    torch.testing.assert_close(load_student(tmp_path / "c", meta, StudentMoESpec(num_experts=2))(x), classifier(x))
+    student, meta = artifact(tmp_path / "s", "student", StudentMoESpec(num_experts=2))
+    assert torch.equal(load_student(tmp_path / "s", meta)(x), student(x))
+    with pytest.raises(CheckpointError, match="form 'student' where a 'classifier'"):
+        load_classifier(tmp_path / "s", meta)
+
+
+def test_a_model_artifact_with_the_wrong_tensors_names_them(tmp_path):
+    _, meta = artifact(tmp_path)
+    with pytest.raises(CheckpointError, match=r"wrong shape: fc\.weight \(3, 32\) instead of \(5, 32\)"):
+        load_classifier(tmp_path, {**meta, "num_outputs": 5})
+    with pytest.raises(CheckpointError, match=r"missing: features.*unexpected: block1"):
+        load_student(tmp_path, {**meta, "form": "student"})
 
 
 def test_counters_are_plain_json(tmp_path):

@@ -18,7 +18,7 @@ from moe.errors import CheckpointError, DataError, Interrupted, NotFoundError, S
 from tests.workers.test_loop import Recorder
 from tests.workers.toy import distill_job, toy_data
 from workers.batches import ImageReader
-from workers.distill_job import RESULT_FILE, DistillJob, build_module, distill, distilled_meta
+from workers.distill_job import RESULT_FILE, DistillJob, _check_tasks, build_module, distill, distilled_meta
 from workers.distill_settings import DistillSettings
 from workers.distill_validation import Validation
 from workers.engines import deepspeed as parallel
@@ -171,6 +171,15 @@ def test_what_does_not_fit_together_is_refused(folder):
         DistillSettings(**{**config["settings"], "steps": None})
     with pytest.raises(ValueError, match="not a multiple of ep_size"):
         DistillSettings(**{**config["settings"], "moe": {"num_experts": 3}, "ep_size": 2})
+
+
+def test_stored_gradients_need_equal_work_on_all_ranks_that_share_experts(folder):
+    job = distill_job(folder, "bad", ep_size=2, moe=MOE, meta={"inner_lr": 0.05, "order": "exact_aggregator"})
+    settings = DistillSettings(**{**job["settings"], "tasks_per_step": 3})
+    with pytest.raises(SpecError, match="3 tasks per step for 2 ranks"):
+        _check_tasks(settings, 2)
+    _check_tasks(settings, 3)
+    _check_tasks(DistillSettings(**job["settings"]), 2)
 
 
 def test_auto_says_so_when_deepspeed_is_missing(folder, monkeypatch):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from moe.aggregator import Aggregator
 from moe.backbones import build_student
 from moe.errors import Interrupted
 from moe.specs import BackboneSpec, StudentMoESpec
 from tests.workers.test_loop import Recorder
-from tests.workers.toy import toy_data
+from tests.workers.toy import distill_job, toy_data
+from workers.aggregate import train_aggregator
 from workers.batches import DomainSampler, ImageReader
-from workers.modelfile import load_tensors
+from workers.features import FeatureTable
+from workers.modelfile import load_aggregator, load_tensors
 from workers.settings import TrainSettings
 from workers.train_model import evaluate_rows, supervised_loss, train_model
 from workers.transforms import transform_for
@@ -148,6 +152,42 @@ def test_domains_can_be_drawn_equally_often():
     assert abs(np.mean(drawn >= 95) - 0.5) < 0.05
     assert np.array_equal(sampler.batch(3), DomainSampler(rows, domains, 50, seed=1).batch(3))
     assert sampler.steps_per_epoch == 2
+
+
+def aggregate(tmp_path, name="aggregator", reporter=None, **values):
+    job = distill_job(tmp_path)
+    data = toy_data(size=12)
+    torch.manual_seed(3)
+    settings = TrainSettings(batch_size=16, epochs=8, lr=3e-3, cadence="epoch", checkpoint_every=4, **values)
+    return train_aggregator(
+        settings,
+        data,
+        data.splits["train"],
+        data.splits["val"],
+        Aggregator(32, 3, heads=4),
+        FeatureTable([Path(path) for path in job["features"]]),
+        reporter or Recorder(),
+        tmp_path / f"{name}-scratch",
+        tmp_path / name,
+        seed=2,
+    )
+
+
+def test_the_aggregator_learns_from_cached_features_alone(tmp_path):
+    result = aggregate(tmp_path)
+    first, last = result.fit.evaluations[0].scores["accuracy"], result.scores["accuracy"]
+    assert last > 0.7 and last >= first
+    loaded = load_aggregator(tmp_path / "aggregator", {"aggregator": {"dim": 32, "num_outputs": 3, "heads": 4}})
+    assert not loaded.training
+
+
+def test_interrupted_aggregator_training_writes_the_same_bytes(tmp_path):
+    aggregate(tmp_path, "whole")
+    with pytest.raises(Interrupted):
+        aggregate(tmp_path, "cut", Recorder(stop_after=2))
+    aggregate(tmp_path, "cut")
+    whole, cut = ((tmp_path / n / "aggregator.safetensors").read_bytes() for n in ("whole", "cut"))
+    assert whole == cut
 
 
 def test_an_moe_student_learns_its_balance_loss(tmp_path):

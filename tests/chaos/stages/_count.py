@@ -34,7 +34,7 @@ def count(config: StepsConfig, name: str, start: int, scratch: Path, reporter: R
         step, state = int(saved["step"]), int(saved["state"])
         reporter.log(f"Resumed at step {step} of {config.steps}.")
     while step < config.steps:
-        _note(f"{name} {step}")
+        _note(f"{time.time():.3f} {name} {step}")
         time.sleep(config.step_s)
         state = (state * 6364136223846793005 + step) % _PRIME
         step += 1
