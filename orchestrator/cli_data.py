@@ -65,6 +65,9 @@ def list_all(data: opt.DataRoot = None, store: opt.StoreUrl = opt.DEFAULT_STORE,
 @app.command()
 def verify(
     name: Name,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="An option of the set; may be repeated.")
+    ] = None,
     data: opt.DataRoot = None,
     store: opt.StoreUrl = opt.DEFAULT_STORE,
     json: opt.Json = False,
@@ -77,12 +80,13 @@ def verify(
 
     root = opt.data_root(data, store)
     module = DATASETS.load(name)
-    lacking = module.missing(root)
+    chosen = _options(option)
+    lacking = [] if chosen else module.missing(root)  # with options the set itself knows what it needs
     if lacking:
         what = "; ".join(item.what for item in lacking)
         raise NotFoundError(f"{name} lacks: {what}.", lacking[0].fix)
     checked = _check_files(name, data_root(root, module.INFO), module.INFO.files)
-    loaded = load_data(name, {}, root)
+    loaded = load_data(name, chosen, root)
     first = loaded.images[0]
     rows = {split: len(members) for split, members in loaded.splits.items()}
     document: dict[str, Any] = {
@@ -105,6 +109,28 @@ def verify(
         f"  images {shape} {first.dtype}; metadata {', '.join(loaded.fields)}; files checked: {checked}",
         f"  digest {loaded.digest}",
     )
+
+
+def _options(texts: list[str] | None) -> dict[str, Any]:
+    """``KEY=VALUE`` texts with values in YAML.
+
+    Raises:
+        SpecError: no ``=``, or the value is not YAML.
+    """
+    from ruamel.yaml import YAML, YAMLError
+
+    from moe.errors import SpecError
+
+    chosen: dict[str, Any] = {}
+    for text in texts or []:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise SpecError(f"--option {text!r} is not of the form KEY=VALUE.", "For example: --option target=synth")
+        try:
+            chosen[key] = YAML(typ="safe", pure=True).load(value)
+        except YAMLError as error:
+            raise SpecError(f"--option {text!r}: the value is not YAML ({error}).", "Quote it.") from None
+    return chosen
 
 
 def _check_files(name: str, folder: Path, files: Any) -> int:
@@ -175,7 +201,9 @@ def miniature(
     if json:
         console.emit_json({"name": name, "root": str(root), "seed": seed})
     else:
+        # Sets whose real files may lie beside the generated ones choose between them by an option.
+        flag = " --option source=miniature" if module.missing(root) else ""
         console.say(
             f"A generated stand-in of {name} is below {root}. It says nothing about results on the real data.",
-            f"Check it with: moepipe data verify {name}",
+            f"Check it with: moepipe data verify {name}{flag} --data {root}",
         )

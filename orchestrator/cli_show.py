@@ -36,15 +36,17 @@ def verify(store: Store, members: Sequence[NodeView]) -> int:
         DataError: bytes have changed or files are gone; all of it is listed.
     """
     digests = {member.artifact: member.node for member in members if member.artifact}
-    problems = []
-    for digest, node in digests.items():
-        try:
-            problems += [f"{node}: {problem}" for problem in store.verify(store.artifact(digest))]
-        except NotFoundError as error:
-            problems.append(f"{node}: {error.message}")
+    problems = [f"{node}: {problem}" for digest, node in digests.items() for problem in _problems(store, digest)]
     if problems:
         raise DataError("\n  ".join(["Damaged artifacts:", *problems]), "Submit again: what is damaged is made anew.")
     return len(digests)
+
+
+def _problems(store: Store, digest: str) -> list[str]:
+    try:
+        return store.verify(store.artifact(digest))
+    except NotFoundError as error:
+        return [error.message]
 
 
 def describe_run(run: Run, view: RunView, store: Store) -> dict[str, Any]:

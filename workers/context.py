@@ -79,3 +79,9 @@ class Context(Reporter, Protocol):
         The function reads RANK/WORLD_SIZE from ``torch.distributed`` and checkpoints into a folder of ``scratch``.
         """
         ...
+
+
+def run_seed(member: str) -> int:
+    """The user's seed in a member's name, e.g. 3 for ``seed=3/group=2``; 0 for a member over all seeds."""
+    first = member.partition("/")[0]
+    return int(first.removeprefix("seed=")) if first.startswith("seed=") else 0

@@ -231,7 +231,11 @@ def loop_spec(settings: DistillSettings, per_epoch: int, seed: int, metric: str)
     return LoopSpec(
         steps=steps,
         seed=mix(seed, 4),
-        schedules={"student": chosen, "rates": chosen, "aggregator": chosen if settings.aggregator_schedule == "same" else constant()},
+        schedules={
+            "student": chosen,
+            "rates": chosen,
+            "aggregator": chosen if settings.aggregator_schedule == "same" else constant(),
+        },
         reset_optimizer_every=per_epoch if settings.reset_optimizer else None,
         ema_decay=settings.ema_decay,
         checkpoint_every=settings.checkpoint_every,

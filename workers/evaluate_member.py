@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe.errors import SpecError
-from workers.context import Context, Input
+from workers.context import Context, Input, run_seed
 from workers.datasets.base import DomainData
 from workers.device import setup
 from workers.evaluation import EvaluationOptions, evaluate_methods
@@ -69,6 +69,7 @@ def evaluate_member(data: DomainData, settings: EvaluateSettings, context: Conte
             protocol=settings.protocol,
             support_size=settings.support,
             seed=mix(context.seed, 21),
+            run_seed=run_seed(context.member),
             batch_size=settings.batch_size,
             replicates=settings.replicates,
             curve_sizes=tuple(settings.curve),

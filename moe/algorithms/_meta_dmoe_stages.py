@@ -1,6 +1,7 @@
 """The constants of Meta-DMoE by pipeline stage: data set -> part -> fields of that stage's ``config:``.
 
-A view of ``PRESETS``; nothing new is decided here. Parts: ``split expert features aggregator student distill evaluate``.
+A view of ``PRESETS``; nothing new is decided here.
+Parts: ``split expert features aggregator student distill evaluate``.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Config(StageConfig):
     )
     limit: int | None = Field(default=None, ge=1, description="score at most so many rows of a domain")
     curve: tuple[int, ...] = Field(default=(), description="support sizes of the adaptation curve")
-    streams: tuple[str, ...] = Field(default=(), description="online settings: reset, continual, mixed, correlated ...")
+    streams: tuple[str, ...] = Field(default=(), description="online settings: reset_each_shift, continual, mixed_domains, correlated, ...")
     replicates: int = Field(default=1000, ge=0, description="bootstrap resamples of the confidence intervals; 0: none")
     image_size: int | None = Field(default=None, ge=8, le=2048, description="side in pixels; null: as it was trained")
     official_rxrx1: bool = Field(default=False, description="random rotations in evaluation, as the official code has")

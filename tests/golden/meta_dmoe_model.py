@@ -15,7 +15,7 @@ from moe.meta_step import Episode, EpisodeModule, teacher
 from moe.specs import MetaStepSpec
 from moe.student import Layout, Student, student_view
 from tests.golden.registry import op
-from tests.golden.toys import ResidualBlock, toy_classifier
+from tests.golden.toys import toy_classifier
 from workers.schedules import constant, cosine_warmup
 
 Case = dict[str, Any]
@@ -52,8 +52,6 @@ def load_student(params: Case, state: Tensors) -> Student:
     """A toy backbone in student form; extractor weights (no classifier) keep a head that nobody uses."""
     stem = next(value.shape[0] for value in state.values() if value.ndim == 4 and value.shape[1] == 3)
     classifier = toy_classifier(params["backbone"], stem, params["dim"], params["num_classes"])
-    if isinstance(getattr(classifier, "layer1", None), ResidualBlock):  # torchvision's stages are sequences of blocks
-        classifier.layer1 = torch.nn.Sequential(classifier.layer1)
     student = student_view(classifier, LAYOUTS[params["backbone"]])
     missing, unexpected = student.load_state_dict(state, strict=False)
     if unexpected or any(not name.startswith("classifier.") for name in missing):

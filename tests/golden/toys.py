@@ -74,7 +74,7 @@ def toy_classifier(name: str, stem: int, dim: int, num_outputs: int) -> nn.Modul
     if name == "toy_dense":
         return ToyDense(stem, dim, num_outputs)
     if name == "toy_res_block":
-        return ToyRes(stem, dim, num_outputs, ResidualBlock(stem, dim))
+        return ToyRes(stem, dim, num_outputs, nn.Sequential(ResidualBlock(stem, dim)))
     if name == "toy_res":
         conv = nn.Conv2d(stem, dim, 3, stride=2, padding=1, bias=False)
         return ToyRes(stem, dim, num_outputs, nn.Sequential(conv, nn.BatchNorm2d(dim), nn.ReLU()))

@@ -33,6 +33,8 @@ def package(tmp_path, monkeypatch):
     (folder / "late.py").write_text("raise SystemExit('importing this would end the process')\n")
     (folder / "unused.py").write_text("Y = 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(codedigest, "_parsed", {})
     codedigest._package_path.cache_clear()
     codedigest.source_file.cache_clear()
     return folder
@@ -93,3 +95,17 @@ def test_all_stages_within_the_budget():
     start = time.perf_counter()
     code_digests(modules)
     assert time.perf_counter() - start < 0.15
+
+
+def test_digests_are_remembered_and_a_spoilt_memory_costs_nothing_but_time(package, tmp_path, monkeypatch):
+    first = code_digests([f"{package.name}.stage"])
+    (memory,) = (tmp_path / "cache" / "moepipe").glob("code-*.json")
+    monkeypatch.setattr(codedigest, "_parsed", {})
+    monkeypatch.setattr(codedigest.ast, "parse", lambda source: pytest.fail("was parsed again"))
+    assert code_digests([f"{package.name}.stage"]) == first
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(codedigest, "_parsed", {})
+    memory.write_text("[1, 2")
+    assert code_digests([f"{package.name}.stage"]) == first
