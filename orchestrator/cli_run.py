@@ -74,7 +74,8 @@ def _drive(run: Run, store: Store, on: str, data_root: Path, quiet: bool, json: 
         console.note(f"{run.id}: {len(plan.entries)} members, {plan.count('hit')} hits, {todo} to run (on {on}{wait})")
     display = make_display(graph.nodes, quiet)
     driven = drive(run, graph, store, make_executor(on, store), data_root, display)
-    error = result.failure(run, graph, driven)
+    flags = opt.store_flag(store.folder if store.is_local else store.url)
+    error = result.failure(run, graph, driven, flags)
     if error is not None:
         raise error
     document = result.describe(run, graph, store, driven)
@@ -82,7 +83,7 @@ def _drive(run: Run, store: Store, on: str, data_root: Path, quiet: bool, json: 
         console.emit_json(console.finite({**document, "tracking": result.describe_tracking(driven.tracking())}))
         return
     result.show(document)
-    result.show_next(document, driven.tracking(), opt.store_flag(store.folder if store.is_local else store.url))
+    result.show_next(document, driven.tracking(), flags)
 
 
 def plan(

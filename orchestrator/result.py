@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,17 @@ TABLE = "table.txt"
 PAGE = "report.html"
 
 
-def failure(run: Run, graph: Graph, driven: Driven) -> MoepipeError | None:
-    """The error to end with when the run did not finish; it keeps code and exit code of its cause."""
+def failure(run: Run, graph: Graph, driven: Driven, flags: str) -> MoepipeError | None:
+    """The error to end with when the run did not finish; it keeps code and exit code of its cause.
+
+    ``flags``: see :func:`show_next`.
+    """
     outcome = driven.outcome
     done, everything = len(outcome.artifacts), len(graph.nodes)
     if outcome.status == "interrupted":
         return Interrupted(
             f"Run {run.id} was stopped; {done} of {everything} members are done and kept.",
-            f"Continue: moepipe resume {run.id}",
+            f"Continue: moepipe resume {run.id}{flags}",
         )
     if outcome.status == "finished":
         return None
@@ -41,7 +45,7 @@ def failure(run: Run, graph: Graph, driven: Driven) -> MoepipeError | None:
     MoepipeError.__init__(
         told,
         f"{len(own)} of {everything} members of run {run.id} failed{skips}. {message}",
-        f"{error.hint} All that it said: moepipe logs {run.id} {name} | Afterwards: moepipe resume {run.id}".strip(),
+        f"{error.hint} All that it said: moepipe logs {run.id} {name}{flags} | Afterwards: moepipe resume {run.id}{flags}".strip(),
     )
     return told
 
@@ -56,7 +60,7 @@ def describe(run: Run, graph: Graph, store: Store, driven: Driven) -> dict[str, 
         "failed": {name: failed.error.message for name, failed in driven.outcome.failures.items()},
         "artifacts": dict(driven.outcome.artifacts),
         "reports": reports(run, store),
-        "pipeline": (run.info.get("options") or {}).get("pipeline"),
+        "options": run.info.get("options") or {},
     }
 
 
@@ -102,9 +106,18 @@ def show_next(document: dict[str, Any], state: TrackingState | None, flags: str)
     console.say(
         "next:",
         f"  moepipe show {document['run']}{flags}",
-        f"  moepipe plan {document['pipeline'] or 'PIPELINE'} --seeds 3,4,5{flags}",
+        f"  moepipe plan {_again(document['options'])} --seeds 3,4,5{flags}",
         f"  moepipe ui{flags}",
     )
+
+
+def _again(options: dict[str, Any]) -> str:
+    """The pipeline with the profile and the overrides of this run, but its seeds."""
+    words = [str(options.get("pipeline") or "PIPELINE")]
+    words += ["--profile", options["profile"]] if options.get("profile") else []
+    chosen = [text for text in options.get("set") or [] if not text.startswith("seeds=")]
+    words += [word for text in chosen for word in ("--set", text)]
+    return shlex.join(words)
 
 
 def _mlflow(run: str, state: TrackingState, flags: str) -> str:

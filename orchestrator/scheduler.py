@@ -22,7 +22,7 @@ from orchestrator.admission import Admission
 from orchestrator.cache import KeyMaker
 from orchestrator.capacity import rank_demand
 from orchestrator.executors.base import Cause, Executor, Signal
-from orchestrator.frontier import Frontier, Inputs, ranks
+from orchestrator.frontier import Frontier, Inputs
 from orchestrator.graph import Graph
 from orchestrator.outcome import Failure, Outcome
 from orchestrator.policies import Decision, RetryPolicy, backoff_s
@@ -30,6 +30,7 @@ from orchestrator.runs import Run, Status
 from orchestrator.store import Key, Store
 from orchestrator.tasks import Place, make_task
 from orchestrator.telling import Listener, Teller
+from orchestrator.weighing import Ranks
 
 POLL_S = 0.25
 _BUSY_S = 0.5
@@ -73,7 +74,7 @@ def execute(
         EnvironmentProblem: the run record cannot be written; the run can be resumed.
     """
     with run.lock():
-        loop = _Loop(graph, store, run, executor, list(listeners), Path(data_root), stop or threading.Event())
+        loop = _Loop(graph, store, run, executor, list(listeners), Path(data_root).absolute(), stop or threading.Event())
         try:
             return loop.run_to_end(kill or threading.Event())
         except InfeasibleError as error:
@@ -112,7 +113,7 @@ class _Loop:
         self.keys = KeyMaker(self.data_root)
         self.room = Admission(self.graph, self.executor.capacity)
         self.teller = Teller(self.run, self.listeners)
-        self.rank = ranks(self.graph)
+        self.rank = Ranks(self.graph, self.store)
         self.order = {name: index for index, name in enumerate(self.graph.nodes)}
 
     # ---- the loop --------------------------------------------------------------------------------------------------
@@ -177,6 +178,7 @@ class _Loop:
             if (digest := self.look_up(name)) is not None:
                 todo += self.settle(name, digest)
             elif name not in self.failures:
+                self.rank.arrive(name, inputs)
                 self.ready.append(name)
         self.ready.sort(key=lambda name: (-self.rank[name], self.order[name]))
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from moe.aggregator import Aggregator
 from moe.algorithms.meta_dmoe import AggregatorSpec
@@ -84,7 +85,7 @@ def train_aggregator_member(
 def _take_head(aggregator: Aggregator, model: Input) -> None:
     """Copy the linear head of ``model`` into the aggregator and freeze it."""
     theirs = load_student(model.path, model.meta).classifier
-    own = aggregator.mlp[-1]
+    own = cast("nn.Linear", aggregator.mlp[-1])
     found = [parameter for parameter in theirs.parameters() if parameter.dim() == 2]
     if len(found) != 1 or found[0].shape != own.weight.shape:
         raise SpecError(

@@ -29,7 +29,7 @@ class Input:
 
 
 class Reporter(Protocol):
-    """The part of the context that long loops need. Cheap to call every step (rate-limited by the implementation)."""
+    """The part of the context that long loops need. Cheap to call every step: implementations limit the rate."""
 
     def progress(self, done: int, total: int, **values: float) -> None:
         """Say how far the work is; ``values`` (loss, accuracy) are shown beside the bar and logged as metrics."""

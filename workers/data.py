@@ -48,7 +48,7 @@ def load_data(name: str, options: Mapping[str, Any], root: Path) -> DomainData:
 
 def write_index(data: DomainData, options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Write the rows' labels, metadata and splits into ``folder`` and return the artifact's ``meta``."""
-    arrays = {f"split/{name}": rows for name, rows in data.splits.items()}
+    arrays: dict[str, Any] = {f"split/{name}": rows for name, rows in data.splits.items()}
     np.savez(folder / INDEX, labels=data.labels, metadata=data.metadata, **arrays)
     (folder / "value_names.json").write_text(json.dumps({k: list(v) for k, v in data.value_names.items()}, indent=1))
     info = data.info
@@ -84,7 +84,8 @@ class Index:
 
     def column(self, name: str, rows: IntArray) -> IntArray:
         """Metadata column ``name`` of ``rows``."""
-        return self.metadata[rows, self.fields.index(name)]
+        values: IntArray = self.metadata[rows, self.fields.index(name)]
+        return values
 
 
 def read_index(artifact: Input) -> Index:

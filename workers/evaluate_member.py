@@ -135,7 +135,9 @@ class _Wired:
         features, experts = self.inputs.get("features", ()), self.inputs.get("experts", ())
         table = FeatureTable([Path(artifact.path) for artifact in features]) if features else None
         extractors = [load_student(artifact.path, artifact.meta).to(self.device).extract for artifact in experts]
-        return TokenSource(table, extractors, [f"expert {number}" for number in range(max(len(features), len(experts)))])
+        return TokenSource(
+            table, extractors, [f"expert {number}" for number in range(max(len(features), len(experts)))]
+        )
 
     def image_size(self) -> int | None:
         """Side of the images that the networks were trained on."""

@@ -30,7 +30,8 @@ def write_report(config: Mapping[str, Any], context: Context) -> dict[str, Any]:
     miniature = any(artifact.meta.get("miniature") for artifact in context.inputs["metrics"])
     summary = str(config["summary"])
     if miniature:
-        summary = f"{summary} The data is a generated miniature: these numbers test the pipeline, not the method.".strip()
+        warning = "The data is a generated miniature: these numbers test the pipeline, not the method."
+        summary = f"{summary} {warning}".strip()
     page = ReportPage(
         title=str(config["title"]),
         summary=summary,
@@ -79,7 +80,7 @@ def _figures(
     if first.attention is not None:
         found["attention"] = Figure(
             "Which experts the aggregator listens to",
-            "Mean share of the attention that each expert's token receives, by unseen domain.",
+            "Mean share of the attention that each expert's token receives, by unseen domain; one panel per seed.",
             attention_map(results),
         )
     if first.curves:

@@ -100,9 +100,7 @@ def train_member(
     }
 
 
-def initial_network(
-    spec: BackboneSpec, data: DomainData, init: Input | None, seed: int, context: Context
-) -> nn.Module:
+def initial_network(spec: BackboneSpec, data: DomainData, init: Input | None, seed: int, context: Context) -> nn.Module:
     """The classifier at step 0: fresh from ``seed``, pretrained, or a copy of ``init`` (same architecture)."""
     from moe.backbones import build_classifier
     from workers.weights import load_pretrained

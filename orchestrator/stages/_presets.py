@@ -34,7 +34,9 @@ def preset(text: str) -> dict[str, Any]:
     """
     parts = text.split("/")
     if len(parts) != 3:
-        raise SpecError(f"A preset is written algorithm/dataset/part, not {text!r}.", "E.g. meta_dmoe/camelyon17/expert.")
+        raise SpecError(
+            f"A preset is written algorithm/dataset/part, not {text!r}.", "E.g. meta_dmoe/camelyon17/expert."
+        )
     algorithm, dataset, part = parts
     table: Mapping[str, Mapping[str, dict[str, Any]]] = getattr(ALGORITHMS.load(algorithm), "STAGE_PRESETS", {})
     if dataset not in table:

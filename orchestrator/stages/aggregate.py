@@ -14,7 +14,7 @@ from workers.context import Context
 from workers.settings import TrainSettings
 
 
-class Config(StageConfig):
+class AggregateConfig(StageConfig):
     """The aggregator's size and its training."""
 
     preset: str | None = Field(default=None, description="algorithm/dataset/part whose settings to start from")
@@ -29,7 +29,7 @@ class Config(StageConfig):
         return fill_preset(values)
 
 
-class Stage(StageBase[Config]):
+class Stage(StageBase[AggregateConfig]):
     """Pre-train the aggregator on the experts' features."""
 
     output: ClassVar[str] = "aggregator"
@@ -38,9 +38,9 @@ class Stage(StageBase[Config]):
         "features": Port("features", many=True, doc="features of all experts, in expert order"),
         "student": Port("model", optional=True, doc="classify with this network's head instead of an own one"),
     }
-    Config: ClassVar[type[StageConfig]] = Config
+    Config: ClassVar[type[StageConfig]] = AggregateConfig
 
-    def run(self, config: Config, member: Member, context: Context) -> Mapping[str, Any]:
+    def run(self, config: AggregateConfig, member: Member, context: Context) -> Mapping[str, Any]:
         """Write ``aggregator.safetensors``; ``meta`` has its size and validation scores."""
         from workers.aggregate_member import train_aggregator_member
         from workers.data import open_data

@@ -6,7 +6,7 @@ imports happen inside :meth:`StageBase.run`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -90,6 +90,16 @@ class StageBase(Generic[C]):
     def external(self, config: C, data_root: str) -> Mapping[str, str]:
         """Digests of what the stage reads from outside the store (data files), by name; they enter the cache key."""
         return {}
+
+    def weigh(self, config: C, member: Member, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
+        """Relative cost of a member whose inputs have arrived; the heaviest of the ready members starts first.
+
+        Args:
+            config: of the stage.
+            member: of the fan-out.
+            inputs: port -> ``meta`` of the arriving artifacts, in member order; optional ports may lack.
+        """
+        return member.weight
 
     def run(self, config: C, member: Member, context: Context) -> Mapping[str, Any]:
         """Do the work: write files into ``context.output`` and return the artifact's small JSON ``meta``.

@@ -17,7 +17,7 @@ from workers.context import Context
 from workers.distill_settings import DistillSettings
 
 
-class Config(StageConfig):
+class DistillConfig(StageConfig):
     """How the distillation is run."""
 
     preset: str | None = Field(default=None, description="algorithm/dataset/part whose settings to start from")
@@ -30,7 +30,7 @@ class Config(StageConfig):
         return fill_preset(values)
 
 
-class Stage(StageBase[Config]):
+class Stage(StageBase[DistillConfig]):
     """Meta-distil the experts into one adaptable student."""
 
     output: ClassVar[str] = "student"
@@ -42,9 +42,9 @@ class Stage(StageBase[Config]):
         "aggregator": Port("aggregator", doc="the pre-trained aggregator"),
         "student": Port("model", doc="the pre-trained student"),
     }
-    Config: ClassVar[type[StageConfig]] = Config
+    Config: ClassVar[type[StageConfig]] = DistillConfig
 
-    def run(self, config: Config, member: Member, context: Context) -> Mapping[str, Any]:
+    def run(self, config: DistillConfig, member: Member, context: Context) -> Mapping[str, Any]:
         """Write ``model.safetensors``, ``aggregator.safetensors`` and ``distill.json``."""
         from workers.data import open_data
         from workers.distill_job import DistillJob, StoredModel, distill, distilled_meta

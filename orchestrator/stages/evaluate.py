@@ -11,8 +11,14 @@ from orchestrator.stages._presets import fill_preset
 from orchestrator.stages.base import Member, Port, StageBase, StageConfig
 from workers.context import Context
 
+Owner = Literal["erm", "student"]
 
-class Config(StageConfig):
+
+def _default_adaptations() -> dict[Owner, dict[str, dict[str, Any]]]:
+    return {"erm": {"bn": {}, "tent": {}}, "student": {"distill": {}}}
+
+
+class EvaluateConfig(StageConfig):
     """Who adapts on what, and what is reported."""
 
     preset: str | None = Field(default=None, description="algorithm/dataset/part whose settings to start from")
@@ -23,17 +29,21 @@ class Config(StageConfig):
         "domain's rows of <split>_support, score the split",
     )
     support: int = Field(default=64, ge=1, description="unlabelled images that a domain may be adapted on")
-    adaptations: dict[Literal["erm", "student"], dict[str, dict[str, Any]]] = Field(
-        default_factory=lambda: {"erm": {"bn": {}, "tent": {}}, "student": {"distill": {}}},
+    adaptations: dict[Owner, dict[str, dict[str, Any]]] = Field(
+        default_factory=_default_adaptations,
         description="network -> test-time adaptation -> its settings; distill takes the student's own by default",
     )
     limit: int | None = Field(default=None, ge=1, description="score at most so many rows of a domain")
     curve: tuple[int, ...] = Field(default=(), description="support sizes of the adaptation curve")
-    streams: tuple[str, ...] = Field(default=(), description="online settings: reset_each_shift, continual, mixed_domains, correlated, ...")
+    streams: tuple[str, ...] = Field(
+        default=(), description="online settings: reset_each_shift, continual, mixed_domains, correlated, ..."
+    )
     replicates: int = Field(default=1000, ge=0, description="bootstrap resamples of the confidence intervals; 0: none")
     image_size: int | None = Field(default=None, ge=8, le=2048, description="side in pixels; null: as it was trained")
     official_rxrx1: bool = Field(default=False, description="random rotations in evaluation, as the official code has")
-    batch_size: int = Field(default=128, ge=1, description="images per forward pass", json_schema_extra={"cache": False})
+    batch_size: int = Field(
+        default=128, ge=1, description="images per forward pass", json_schema_extra={"cache": False}
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -41,7 +51,7 @@ class Config(StageConfig):
         return fill_preset(values)
 
 
-class Stage(StageBase[Config]):
+class Stage(StageBase[EvaluateConfig]):
     """Adapt to every unseen domain and score all methods."""
 
     output: ClassVar[str] = "metrics"
@@ -54,15 +64,15 @@ class Stage(StageBase[Config]):
         "features": Port("features", many=True, optional=True, doc="the experts' cached features"),
         "oracle": Port("model", optional=True, doc="a network that saw labels of the test domains: the ceiling"),
     }
-    Config: ClassVar[type[StageConfig]] = Config
+    Config: ClassVar[type[StageConfig]] = EvaluateConfig
 
-    def code(self, config: Config) -> list[str]:
+    def code(self, config: EvaluateConfig) -> list[str]:
         """The adaptation methods that are named."""
         from moe.adaptation.base import ADAPTATIONS
 
         return sorted({ADAPTATIONS.module_name(name) for kinds in config.adaptations.values() for name in kinds})
 
-    def run(self, config: Config, member: Member, context: Context) -> Mapping[str, Any]:
+    def run(self, config: EvaluateConfig, member: Member, context: Context) -> Mapping[str, Any]:
         """Write ``evaluation.json`` and the logits; ``meta`` has the scores by method."""
         from workers.data import open_data
         from workers.evaluate_member import EvaluateSettings, evaluate_member

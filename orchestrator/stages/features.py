@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from orchestrator.stages._presets import fill_preset
+from orchestrator.stages._rows import rows_in
 from orchestrator.stages.base import Member, Port, StageBase, StageConfig
 from workers.context import Context
 
 
-class Config(StageConfig):
+class FeaturesConfig(StageConfig):
     """Which rows, and how they are stored."""
 
     preset: str | None = Field(default=None, description="algorithm/dataset/part whose settings to start from")
@@ -20,7 +21,9 @@ class Config(StageConfig):
     splits: tuple[str, ...] = Field(default=("train", "val"), min_length=1, description="splits that are stored")
     dtype: Literal["float32", "float16"] = Field(default="float32", description="float16 halves the files")
     image_size: int | None = Field(default=None, ge=8, le=2048, description="side in pixels; null: as it was trained")
-    batch_size: int = Field(default=128, ge=1, description="images per forward pass", json_schema_extra={"cache": False})
+    batch_size: int = Field(
+        default=128, ge=1, description="images per forward pass", json_schema_extra={"cache": False}
+    )
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the forward passes")
 
     @model_validator(mode="before")
@@ -29,7 +32,7 @@ class Config(StageConfig):
         return fill_preset(values)
 
 
-class Stage(StageBase[Config]):
+class Stage(StageBase[FeaturesConfig]):
     """Features of frozen networks, one member per network."""
 
     output: ClassVar[str] = "features"
@@ -37,15 +40,19 @@ class Stage(StageBase[Config]):
         "data": Port("data", doc="the prepared data set"),
         "model": Port("model", doc="the frozen network; members match those of the train stage"),
     }
-    Config: ClassVar[type[StageConfig]] = Config
+    Config: ClassVar[type[StageConfig]] = FeaturesConfig
 
-    def members(self, config: Config) -> list[Member]:
+    def members(self, config: FeaturesConfig) -> list[Member]:
         """One member per expert, named as in the train stage."""
         if config.groups == 1:
             return [Member()]
         return [Member(f"group={i}", {"group": i}) for i in range(config.groups)]
 
-    def run(self, config: Config, member: Member, context: Context) -> Mapping[str, Any]:
+    def weigh(self, config: FeaturesConfig, member: Member, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
+        """Rows to store: every expert looks at all of them, whatever it was trained on."""
+        return rows_in(inputs, config.splits, member.weight)
+
+    def run(self, config: FeaturesConfig, member: Member, context: Context) -> Mapping[str, Any]:
         """Write the feature folder of one expert into the artifact."""
         from workers.data import open_data
         from workers.expert_features import expert_features

@@ -14,14 +14,14 @@ from workers.context import Context
 from workers.datasets.base import DATASETS
 
 
-class Config(StageConfig):
+class PrepareConfig(StageConfig):
     """Which data set, and what was chosen about it."""
 
     dataset: str = Field(description="registry name; `moepipe ls datasets` lists them")
     options: dict[str, Any] = Field(default_factory=dict, description="the data set's own options, e.g. target")
 
     @model_validator(mode="after")
-    def _known(self) -> Config:
+    def _known(self) -> PrepareConfig:
         from workers.data import parse_options
 
         try:
@@ -31,18 +31,20 @@ class Config(StageConfig):
         return self
 
 
-class Stage(StageBase[Config]):
+class Stage(StageBase[PrepareConfig]):
     """Open a data set, check it, and record its rows."""
 
     output: ClassVar[str] = "data"
     per_seed: ClassVar[bool] = False
     inputs: ClassVar[Mapping[str, Port]] = {}
-    Config: ClassVar[type[StageConfig]] = Config
+    Config: ClassVar[type[StageConfig]] = PrepareConfig
 
-    def code(self, config: Config) -> list[str]:
+    def code(self, config: PrepareConfig) -> list[str]:
+        """The data set's module."""
         return [DATASETS.module_name(config.dataset)]
 
-    def external(self, config: Config, data_root: str) -> Mapping[str, str]:
+    def external(self, config: PrepareConfig, data_root: str) -> Mapping[str, str]:
+        """Fingerprint of the files below the data root, where the data set has one."""
         from workers.data import parse_options
 
         fingerprint = getattr(DATASETS.load(config.dataset), "fingerprint", None)
@@ -50,7 +52,8 @@ class Stage(StageBase[Config]):
             return {}
         return {"files": fingerprint(Path(data_root), parse_options(config.dataset, config.options))}
 
-    def run(self, config: Config, member: Member, context: Context) -> Mapping[str, Any]:
+    def run(self, config: PrepareConfig, member: Member, context: Context) -> Mapping[str, Any]:
+        """Write labels, metadata and splits; ``meta`` has the digest that later stages check."""
         from workers.data import describe, load_data, write_index
 
         data = load_data(config.dataset, config.options, context.data_root)

@@ -11,7 +11,7 @@ from orchestrator.stages.base import Member, Port, StageBase, StageConfig
 from workers.context import Context
 
 
-class Config(StageConfig):
+class ReportConfig(StageConfig):
     """What the page says besides the numbers."""
 
     title: str = Field(description="heading of the page and of the table")
@@ -21,7 +21,7 @@ class Config(StageConfig):
     after: str = Field(default="student_distill", description="method drawn as 'after'")
 
 
-class Stage(StageBase[Config]):
+class Stage(StageBase[ReportConfig]):
     """One table over all seeds, figures, and one HTML page."""
 
     output: ClassVar[str] = "report"
@@ -30,9 +30,9 @@ class Stage(StageBase[Config]):
         "metrics": Port("metrics", many=True, doc="evaluations, one per seed"),
         "student": Port("student", many=True, optional=True, doc="for the training curves"),
     }
-    Config: ClassVar[type[StageConfig]] = Config
+    Config: ClassVar[type[StageConfig]] = ReportConfig
 
-    def run(self, config: Config, member: Member, context: Context) -> Mapping[str, Any]:
+    def run(self, config: ReportConfig, member: Member, context: Context) -> Mapping[str, Any]:
         """Write ``table.txt``, ``table.md``, ``table.json``, ``report.html`` and the PNGs."""
         from workers.report_member import write_report
 

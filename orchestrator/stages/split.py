@@ -13,7 +13,7 @@ from orchestrator.stages.base import Member, Port, StageBase, StageConfig
 from workers.context import Context
 
 
-class Config(StageConfig):
+class SplitConfig(StageConfig):
     """Into how many groups, and by which shuffle."""
 
     preset: str | None = Field(default=None, description="algorithm/dataset/part whose settings to start from")
@@ -28,15 +28,17 @@ class Config(StageConfig):
         return fill_preset(values)
 
 
-class Stage(StageBase[Config]):
+class Stage(StageBase[SplitConfig]):
     """Divide the training domains among the experts."""
 
     output: ClassVar[str] = "groups"
     inputs: ClassVar[Mapping[str, Port]] = {"data": Port("data", doc="the prepared data set")}
-    Config: ClassVar[type[StageConfig]] = Config
+    Config: ClassVar[type[StageConfig]] = SplitConfig
 
-    def run(self, config: Config, member: Member, context: Context) -> Mapping[str, Any]:
+    def run(self, config: SplitConfig, member: Member, context: Context) -> Mapping[str, Any]:
         """Write ``groups.json``: the domains of every expert."""
+        import numpy as np
+
         from moe.errors import DataError
         from workers.data import read_index
         from workers.sampling import domain_groups
@@ -53,4 +55,5 @@ class Stage(StageBase[Config]):
         (context.output / "groups.json").write_text(json.dumps(split.groups))
         for number, domains in enumerate(split.groups):
             context.log(f"expert {number}: domains {domains}")
-        return {"groups": split.groups, "sizes": [len(domains) for domains in split.groups]}
+        rows = [int(np.isin(column, domains).sum()) for domains in split.groups]
+        return {"groups": split.groups, "sizes": [len(domains) for domains in split.groups], "rows": rows}

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from moe.specs import BackboneSpec
 from orchestrator.stages._presets import fill_preset
+from orchestrator.stages._rows import rows_in
 from orchestrator.stages.base import Member, Port, StageBase, StageConfig
 from workers.context import Context
 from workers.settings import TrainSettings
 
 
-class Config(StageConfig):
+class TrainConfig(StageConfig):
     """What is trained on which rows."""
 
     preset: str | None = Field(default=None, description="algorithm/dataset/part whose settings to start from")
@@ -30,7 +32,7 @@ class Config(StageConfig):
         return fill_preset(values)
 
 
-class Stage(StageBase[Config]):
+class Stage(StageBase[TrainConfig]):
     """Train a classifier on all rows, or one per group of domains."""
 
     output: ClassVar[str] = "model"
@@ -39,15 +41,30 @@ class Stage(StageBase[Config]):
         "groups": Port("groups", optional=True, doc="who owns which domains; needed when groups is above 1"),
         "init": Port("model", optional=True, doc="start from this network (a shared or pretrained one)"),
     }
-    Config: ClassVar[type[StageConfig]] = Config
+    Config: ClassVar[type[StageConfig]] = TrainConfig
 
-    def members(self, config: Config) -> list[Member]:
+    def members(self, config: TrainConfig) -> list[Member]:
         """One member per group of domains."""
         if config.groups == 1:
             return [Member()]
         return [Member(f"group={i}", {"group": i}) for i in range(config.groups)]
 
-    def run(self, config: Config, member: Member, context: Context) -> Mapping[str, Any]:
+    def external(self, config: TrainConfig, data_root: str) -> Mapping[str, str]:
+        """The pretrained weights, so that a replaced file trains anew."""
+        from workers.packaged_weights import weights_digest
+
+        digest = weights_digest(config.backbone.name, config.backbone.pretrained, Path(data_root))
+        return {"weights": digest} if digest else {}
+
+    def weigh(self, config: TrainConfig, member: Member, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
+        """Training rows: those of the group's domains (``split`` counts them in its ``meta``), or all."""
+        group = member.params.get("group")
+        if group is None:
+            return rows_in(inputs, config.splits, member.weight)
+        rows = [count for groups in inputs.get("groups", ()) for count in groups.get("rows", ())]
+        return float(rows[group]) if group < len(rows) else member.weight
+
+    def run(self, config: TrainConfig, member: Member, context: Context) -> Mapping[str, Any]:
         """Train and write ``model.safetensors``; ``meta`` has the scores and, for an expert, its domains."""
         from workers.data import open_data
         from workers.supervised import expert_domains, train_member

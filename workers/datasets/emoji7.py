@@ -59,7 +59,7 @@ INFO = DatasetInfo(
     normalisation="unit",
     licence="noto Apache-2.0; twemoji, emojione CC BY 4.0; openmoji CC BY-SA 4.0; fluent-emoji-flat MIT",
     source="npm packages @iconify-json/* and the PyPI package resvg-py",
-    extra="",
+    extra="emoji",
     citation="ours; the emoji by Google, Twitter, OpenMoji, Microsoft and EmojiOne",
     files=tuple(
         FileRecord(f"iconify/{name}/icons.json", size, checksum)
@@ -113,7 +113,7 @@ def missing(root: Path) -> list[Missing]:
     """Packages that ``load`` would not find."""
     gaps = []
     if not has_package("resvg_py"):
-        gaps.append(Missing("the package resvg-py, which renders SVG", "pip install resvg-py"))
+        gaps.append(Missing("the package resvg-py, which renders SVG", "pip install 'moepipe[emoji]'"))
     for name, version in zip(DOMAINS, _VERSIONS, strict=True):
         folder = root / "iconify" / name
         needed = ("icons.json", "metadata.json") if name == "noto" else ("icons.json",)
