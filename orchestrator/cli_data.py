@@ -117,7 +117,8 @@ def _options(texts: list[str] | None) -> dict[str, Any]:
     Raises:
         SpecError: no ``=``, or the value is not YAML.
     """
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     from moe.errors import SpecError
 

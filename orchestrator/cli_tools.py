@@ -55,7 +55,7 @@ def init(
     ] = "meta_dmoe",
     dataset: Annotated[
         str, typer.Option("--dataset", help="Data set to begin with.", autocompletion=opt.complete_dataset)
-    ] = "rotated14",
+    ] = "digits5",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a new file instead of stdout.")] = None,
 ) -> None:
     """Write a commented pipeline to start from; every field is explained in it."""

@@ -246,13 +246,12 @@ def _ray_token() -> Iterator[Check]:
 def _data(root: Path) -> Iterator[Check]:
     from workers.datasets.base import DATASETS
 
-    for name in DATASETS.names():
-        missing = DATASETS.load(name).missing(root)
-        if not missing:
-            yield Check(f"data: {name}", "ok", "present")
-        else:
-            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            yield Check(f"data: {name}", "warning", f"{missing[0].what}{more}", missing[0].fix)
+    lacking = {name: bool(DATASETS.load(name).missing(root)) for name in DATASETS.names()}
+    here = [name for name in lacking if not lacking[name]]
+    gone = [name for name in lacking if lacking[name]]
+    detail = f"{', '.join(here) or 'none'} present; not below {root}: {', '.join(gone) or 'none'}"
+    fix = "" if here else "pip install 'moepipe[demo]' brings some; moepipe data verify NAME says how to get each"
+    yield Check("data sets", "ok" if here else "warning", detail, fix)
 
 
 def _torch(probe: subprocess.Popen[str]) -> Iterator[Check]:

@@ -41,12 +41,10 @@ def failure(run: Run, graph: Graph, driven: Driven, flags: str) -> MoepipeError 
     skips = f", {skipped} skipped because of that" if skipped else ""
     name = first.node if first else ""
     message = error.message if error.message.startswith(name) else f"{name}: {error.message}"
+    then = f"All that it said: moepipe logs {run.id} {name}{flags} | Afterwards: moepipe resume {run.id}{flags}"
     told = type(error).__new__(type(error))
-    MoepipeError.__init__(
-        told,
-        f"{len(own)} of {everything} members of run {run.id} failed{skips}. {message}",
-        f"{error.hint} All that it said: moepipe logs {run.id} {name}{flags} | Afterwards: moepipe resume {run.id}{flags}".strip(),
-    )
+    headline = f"{len(own)} of {everything} members of run {run.id} failed{skips}. {message}"
+    MoepipeError.__init__(told, headline, f"{error.hint} {then}".strip())
     return told
 
 

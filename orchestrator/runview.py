@@ -195,7 +195,9 @@ def _hit(view: NodeView, event: Event) -> None:
 def _finished(view: NodeView, event: Event) -> None:
     view.state, view.ended, view.artifact = "finished", event.time, str(event.data.get("digest", ""))
     view.error = ""
-    view.started = view.started or event.time
+    # A quick member's start may be heard of late; its own clock knows better.
+    begun = event.time - float(event.data.get("seconds") or 0.0)
+    view.started = begun if view.started is None else min(view.started, begun)
 
 
 _AFTER_FAILURE: dict[str, State] = {"retry": "waiting", "stop": "stopped", "skip": "skipped"}

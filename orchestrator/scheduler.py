@@ -74,7 +74,9 @@ def execute(
         EnvironmentProblem: the run record cannot be written; the run can be resumed.
     """
     with run.lock():
-        loop = _Loop(graph, store, run, executor, list(listeners), Path(data_root).absolute(), stop or threading.Event())
+        loop = _Loop(
+            graph, store, run, executor, list(listeners), Path(data_root).absolute(), stop or threading.Event()
+        )
         try:
             return loop.run_to_end(kill or threading.Event())
         except InfeasibleError as error:

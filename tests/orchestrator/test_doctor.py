@@ -38,9 +38,19 @@ def test_every_problem_has_a_fix(checks):
     assert not [check for check in checks.values() if check.status == "ok" and check.fix]
 
 
-def test_dead_tracking_and_missing_data_are_warnings(checks):
+def test_dead_tracking_is_a_warning_and_missing_data_is_told(checks):
     assert checks["MLflow"].status == "warning" and "track sync" in checks["MLflow"].fix
-    assert checks["data: camelyon17"].status == "warning" and "moepipe data" in checks["data: camelyon17"].fix
+    assert "camelyon17" in checks["data sets"].detail.split("not below")[1]
+
+
+def test_no_data_at_all_is_a_warning_with_a_fix(tmp_path, monkeypatch):
+    from workers.datasets.base import DATASETS, Missing
+
+    module = DATASETS.load("camelyon17")
+    monkeypatch.setattr(type(DATASETS), "load", lambda self, name: module)
+    monkeypatch.setattr(module, "missing", lambda root: [Missing("everything", "get it")])
+    (check,) = doctor._data(tmp_path)
+    assert check.status == "warning" and "moepipe data verify" in check.fix
 
 
 def test_store_that_cannot_be_written(tmp_path):

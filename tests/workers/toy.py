@@ -49,6 +49,9 @@ def toy_data(num_domains: int = 6, rows_per_domain: int = 24, size: int = 8, see
     return domain_data(info, pixels, labels.astype(np.int64), metadata, ("domain", "y"), splits, {})
 
 
+INFO = toy_data(3, 1).info
+
+
 class Options(BaseModel):
     """The registry's way to open the set."""
 
