@@ -64,7 +64,7 @@ bench: $(STAMP) ## print the table of speed and memory ratios
 
 .PHONY: docs-check
 docs-check: $(STAMP) ## commands, links and error codes in README.md and docs/ are real
-	$(BIN)/python -m pytest tests/test_readme.py tests/test_errors_documented.py
+	$(BIN)/python -m pytest tests/test_readme.py tests/test_errors_documented.py tests/test_docs_python.py
 
 .PHONY: ui
 ui: $(STAMP) ## open MLflow on the runs in ./.moepipe

@@ -60,7 +60,7 @@ Pipeline = Annotated[
 ]
 RunId = Annotated[
     str,
-    typer.Argument(metavar="RUN", help="Run id, a unique beginning of one, or 'last'.", autocompletion=complete_run),
+    typer.Argument(metavar="RUN", help="Run id, a unique beginning of one, or 'latest'.", autocompletion=complete_run),
 ]
 Profile = Annotated[
     str | None,

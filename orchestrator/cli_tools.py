@@ -121,6 +121,7 @@ def ui(
 
 def gc(
     keep_last: Annotated[int, typer.Option("--keep-last", min=0, help="Runs of each pipeline to keep.")] = 5,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every artifact; damaged ones go, too.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go and remove nothing.")] = False,
     store: opt.StoreUrl = opt.DEFAULT_STORE,
     json: opt.Json = False,
@@ -131,7 +132,7 @@ def gc(
     from orchestrator.store import Store
 
     place = Store.open(store)
-    garbage = survey(place, keep_last)
+    garbage = survey(place, keep_last, verify)
     if not dry_run:
         collect(place, garbage)
     document = {
@@ -139,6 +140,7 @@ def gc(
         "keep_last": keep_last,
         "runs": garbage.runs,
         "artifacts": list(garbage.artifacts),
+        "damaged": garbage.damaged,
         "keys": len(garbage.keys),
         "scratch": [str(path) for path in garbage.scratch],
         "bytes": garbage.bytes,
@@ -149,6 +151,8 @@ def gc(
         return
     for run in garbage.runs:
         console.say(f"  run {run}")
+    for digest, problem in garbage.damaged.items():
+        console.say(f"  damaged {digest[:12]}: {problem}")
     verb = "would be" if dry_run else "were"
     console.say(
         f"{len(garbage.runs)} runs, {len(garbage.artifacts)} artifacts and {len(garbage.scratch)} scratch folders "

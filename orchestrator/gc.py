@@ -25,6 +25,7 @@ class Garbage:
     Attributes:
         runs: run records.
         artifacts: digest -> bytes.
+        damaged: artifacts whose bytes have changed, with what is wrong (only when asked to verify).
         keys: key records that point to nothing worth keeping.
         scratch: checkpoints of members that no kept run will continue, and half-written files of crashes.
         bytes: of artifacts and scratch together.
@@ -33,14 +34,21 @@ class Garbage:
 
     runs: list[str] = field(default_factory=list)
     artifacts: dict[str, int] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
     keys: list[str] = field(default_factory=list)
     scratch: list[Path] = field(default_factory=list)
     bytes: int = 0
     busy: list[str] = field(default_factory=list)
 
 
-def survey(store: Store, keep_last: int) -> Garbage:
-    """Find what is not needed by the newest ``keep_last`` runs of every pipeline; removes nothing."""
+def survey(store: Store, keep_last: int, verify: bool = False) -> Garbage:
+    """Find what is not needed by the newest ``keep_last`` runs of every pipeline; removes nothing.
+
+    Args:
+        store: the store.
+        keep_last: runs of each pipeline to keep.
+        verify: hash every artifact, and count the damaged ones in.
+    """
     garbage = Garbage()
     used: set[str] = set()
     unfinished: set[str] = set()
@@ -58,9 +66,13 @@ def survey(store: Store, keep_last: int) -> Garbage:
         used |= digests
         unfinished |= keys
     for digest in store.digests():
-        if digest not in used:
+        problem = _damage(store, digest) if verify else ""
+        if problem:
+            garbage.damaged[digest] = problem
+        if problem or digest not in used:
             garbage.artifacts[digest] = _size(store, digest)
-    garbage.keys = sorted(record.key for record in store.records() if record.artifact not in used)
+    there = used - set(garbage.damaged)
+    garbage.keys = sorted(record.key for record in store.records() if record.artifact not in there)
     garbage.scratch = sorted(_leftovers(store, unfinished))
     garbage.bytes = sum(garbage.artifacts.values()) + sum(_folder_size(path) for path in garbage.scratch)
     return garbage
@@ -84,6 +96,13 @@ def _size(store: Store, digest: str) -> int:
         return store.artifact(digest).bytes
     except NotFoundError:
         return 0
+
+
+def _damage(store: Store, digest: str) -> str:
+    try:
+        return "; ".join(store.verify(store.artifact(digest)))
+    except NotFoundError as error:
+        return error.message
 
 
 def _leftovers(store: Store, unfinished: set[str]) -> Iterator[Path]:

@@ -69,7 +69,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(
             f"{path} is truncated or not a safetensors file ({path.stat().st_size} bytes: {error}).",
-            "Run `moepipe gc --verify` and resume, so that it is made again.",
+            "Remove that folder and submit again; it will be made anew.",
         ) from error
 
 

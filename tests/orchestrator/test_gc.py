@@ -90,3 +90,18 @@ def test_nothing_is_removed_while_a_run_runs(store):
         with pytest.raises(BusyError):
             collect(store, garbage)
     assert len(store.digests()) == 4
+
+
+def test_verify_removes_what_was_changed_so_that_it_is_made_again(store):
+    outcome, _ = go(spec(3), store)
+    digest = outcome.artifacts["numbers/seed=0/item=1"]
+    file = store.local_path(store.artifact(digest)) / "filler.bin"
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    assert make_plan(build_graph(spec(3)), store).count("hit") == 4  # the size is right
+    assert not survey(store, keep_last=5).artifacts
+    garbage = survey(store, keep_last=5, verify=True)
+    assert list(garbage.damaged) == list(garbage.artifacts) == [digest] and "filler.bin" in garbage.damaged[digest]
+    collect(store, garbage)
+    again, _ = go(spec(3), store)
+    assert again.hits == 3 and again.artifacts == outcome.artifacts
+    assert not survey(store, keep_last=5, verify=True).damaged

@@ -100,7 +100,9 @@ def test_stages_that_do_not_weigh_cost_no_look_into_the_store(store, stages, mon
     def refuse(self, digest):
         raise AssertionError(digest)
 
-    spec = pipeline({"numbers": {"kind": "numbers"}, "total": {"kind": "sum", "inputs": {"numbers": "${stages.numbers}"}}})
+    spec = pipeline(
+        {"numbers": {"kind": "numbers"}, "total": {"kind": "sum", "inputs": {"numbers": "${stages.numbers}"}}}
+    )
     graph = build_graph(spec)
     assert type(graph.stages["total"].stage).weigh is StageBase.weigh
     outcome, _ = go(spec, store, run=RunStore(store).create(spec))

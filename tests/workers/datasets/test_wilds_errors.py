@@ -10,6 +10,7 @@ import pytest
 
 from moe.errors import DataError, EnvironmentProblem, NotFoundError
 from tests.workers.datasets.wilds_sets import NAMES, copy_of, load, loaded, replace
+from workers.datasets._decode import broken_images
 from workers.datasets.base import DATASETS
 
 
@@ -139,6 +140,9 @@ def test_broken_images(name, tmp_path):
         with pytest.raises(DataError, match=word) as caught:
             data.images[row]
         assert str(path) in caught.value.message and caught.value.exit_code == 6
+    broken = [error.message for error in broken_images(data)]
+    assert len(broken) == 3 and str(first) in broken[0] and str(second) in broken[1] and str(third) in broken[2]
+    assert len(broken_images(data, most=2)) == 2
     with pytest.raises(DataError, match=r"image is missing") as caught:  # found at the next load
         load(name, tmp_path)
     assert str(third) in str(caught.value)
