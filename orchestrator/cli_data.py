@@ -18,31 +18,10 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="Data set name.", auto
 def list_all(data: opt.DataRoot = None, store: opt.StoreUrl = opt.DEFAULT_STORE, json: opt.Json = False) -> None:
     """List the data sets: what they are and whether they are here."""
     from orchestrator import console
-    from workers.datasets.base import DATASETS
+    from workers.catalogue import list_datasets
 
     root = opt.data_root(data, store)
-    found = []
-    for name in DATASETS.names():
-        module = DATASETS.load(name)
-        lacking = module.missing(root)
-        info = module.INFO
-        found.append(
-            {
-                "name": name,
-                "title": info.title,
-                "task": info.task,
-                "outputs": info.num_outputs,
-                "image_size": list(info.image_size),
-                "domain_field": info.domain_field,
-                "licence": info.licence,
-                "source": info.source,
-                "extra": info.extra,
-                "present": not lacking,
-                "missing": [{"what": item.what, "fix": item.fix} for item in lacking],
-                "importable": hasattr(module, "import_archive"),
-                "miniature": hasattr(module, "miniature"),
-            }
-        )
+    found = [row.record() for row in list_datasets(root)]
     if json:
         console.emit_json({"root": str(root), "datasets": found})
         return
@@ -68,25 +47,20 @@ def verify(
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="An option of the set; may be repeated.")
     ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Decode every image, not only 64 spread over the set.")] = False,
     data: opt.DataRoot = None,
     store: opt.StoreUrl = opt.DEFAULT_STORE,
     json: opt.Json = False,
 ) -> None:
-    """Open a data set, check its files and print what is in it."""
-    from moe.errors import NotFoundError
+    """Check a data set's files, tables and images, and print what is in it."""
     from orchestrator import console
-    from workers.data import load_data
-    from workers.datasets.base import DATASETS, data_root
+    from workers import catalogue
 
     root = opt.data_root(data, store)
-    module = DATASETS.load(name)
-    chosen = _options(option)
-    lacking = [] if chosen else module.missing(root)  # with options the set itself knows what it needs
-    if lacking:
-        what = "; ".join(item.what for item in lacking)
-        raise NotFoundError(f"{name} lacks: {what}.", lacking[0].fix)
-    checked = _check_files(name, data_root(root, module.INFO), module.INFO.files)
-    loaded = load_data(name, chosen, root)
+    result = catalogue.verify(name, root, _options(option), None if every else catalogue.SAMPLE)
+    result.require()
+    loaded = result.data
+    assert loaded is not None  # a set that cannot be opened has a failed check
     first = loaded.images[0]
     rows = {split: len(members) for split, members in loaded.splits.items()}
     document: dict[str, Any] = {
@@ -97,7 +71,7 @@ def verify(
         "splits": rows,
         "fields": list(loaded.fields),
         "image": {"shape": list(first.shape), "dtype": str(first.dtype)},
-        "files_checked": checked,
+        "checks": [check.what for check in result.checks],
     }
     if json:
         console.emit_json(document)
@@ -106,7 +80,8 @@ def verify(
     splits = ", ".join(f"{split} {count}" for split, count in rows.items())
     console.say(
         f"{name}: ok, {len(loaded.images)} rows ({splits})",
-        f"  images {shape} {first.dtype}; metadata {', '.join(loaded.fields)}; files checked: {checked}",
+        f"  images {shape} {first.dtype}; metadata {', '.join(loaded.fields)}",
+        *(f"  checked: {check.what}" for check in result.checks),
         f"  digest {loaded.digest}",
     )
 
@@ -134,23 +109,6 @@ def _options(texts: list[str] | None) -> dict[str, Any]:
     return chosen
 
 
-def _check_files(name: str, folder: Path, files: Any) -> int:
-    """Compare the files that the record knows with sizes and checksums; returns how many."""
-    from moe.errors import DataError
-    from orchestrator.artifacts import file_digest
-
-    present = [record for record in files if (folder / record.path).is_file()]
-    for record in present:
-        path = folder / record.path
-        if path.stat().st_size != record.size or file_digest(path) != record.sha256:
-            raise DataError(
-                f"{path} ({path.stat().st_size} bytes) is not the file that {name} expects ({record.size} bytes, "
-                f"sha256 {record.sha256[:12]}...).",
-                "Fetch it again.",
-            )
-    return len(present)
-
-
 @app.command("import")
 def import_archive(
     name: Name,
@@ -160,19 +118,10 @@ def import_archive(
     json: opt.Json = False,
 ) -> None:
     """Take a downloaded archive or folder into the data root (a folder is linked, not copied)."""
-    from moe.errors import SpecError
     from orchestrator import console
-    from workers.datasets.base import DATASETS
+    from workers import catalogue
 
-    root = opt.data_root(data, store)
-    module = DATASETS.load(name)
-    if not hasattr(module, "import_archive"):
-        can = [other for other in DATASETS.names() if hasattr(DATASETS.load(other), "import_archive")]
-        raise SpecError(
-            f"{name} comes with a package and has no archive to import.",
-            f"Check it with `moepipe data verify {name}`. Data sets with archives: {', '.join(can)}.",
-        )
-    place = module.import_archive(root, path)
+    place = catalogue.import_archive(name, path, opt.data_root(data, store))
     if json:
         console.emit_json({"name": name, "path": str(place)})
     else:
@@ -188,22 +137,16 @@ def miniature(
     json: opt.Json = False,
 ) -> None:
     """Generate a small stand-in in the official on-disk layout, to try a pipeline without the real data."""
-    from moe.errors import SpecError
     from orchestrator import console
-    from workers.datasets.base import DATASETS
+    from workers import catalogue
 
     root = opt.data_root(data, store)
-    module = DATASETS.load(name)
-    if not hasattr(module, "miniature"):
-        raise SpecError(
-            f"{name} needs no miniature: its real data is embedded.", f"Use it as it is: --set dataset={name}"
-        )
-    module.miniature(root, seed)
+    catalogue.miniature(name, root, seed)
     if json:
         console.emit_json({"name": name, "root": str(root), "seed": seed})
     else:
         # Sets whose real files may lie beside the generated ones choose between them by an option.
-        flag = " --option source=miniature" if module.missing(root) else ""
+        flag = "" if catalogue.describe(name, root).present else " --option source=miniature"
         console.say(
             f"A generated stand-in of {name} is below {root}. It says nothing about results on the real data.",
             f"Check it with: moepipe data verify {name}{flag} --data {root}",

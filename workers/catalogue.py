@@ -52,6 +52,9 @@ class DatasetRow:
             "name": info.name,
             "title": info.title,
             "task": info.task,
+            "outputs": info.num_outputs,
+            "image_size": list(info.image_size),
+            "domain_field": info.domain_field,
             "licence": info.licence,
             "source": info.source,
             "extra": info.extra,
@@ -76,10 +79,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """All checks of one data set, in order."""
+    """All checks of one data set, in order; ``data`` is the opened set unless it cannot be opened."""
 
     name: str
     checks: tuple[Check, ...]
+    data: DomainData | None = None
 
     @property
     def ok(self) -> bool:
@@ -143,7 +147,7 @@ def verify(
         return Verification(name, tuple(checks))
     checks.append(Check(f"tables and splits of {len(data.labels)} rows", *_check_rows(data)))
     checks += _check_images(data, sample)
-    return Verification(name, tuple(checks))
+    return Verification(name, tuple(checks), data)
 
 
 def import_archive(name: str, source: Path, root: Path) -> Path:

@@ -81,10 +81,11 @@ def test_data_commands(folder):
         "--option",
         "per_environment=300",
     )
+    assert "image of row" not in " ".join(found["checks"]) and found["checks"][-1].startswith("64 of ")
     assert found["rows"] > 0 and set(found["splits"]) >= {"train", "val", "test"} and len(found["digest"]) == 64
     assert "KEY=VALUE" in call("data", "verify", "digits5", "--option", "x", code=2).stderr
-    assert "needs no miniature" in call("data", "miniature", "digits5", code=2).stderr
-    assert "no archive to import" in call("data", "import", "digits5", "toy.yaml", code=2).stderr
+    assert "has no miniature" in call("data", "miniature", "digits5", code=2).stderr
+    assert "not imported from an archive" in call("data", "import", "digits5", "toy.yaml", code=2).stderr
 
 
 def test_version_and_environment_variables(folder, monkeypatch):

@@ -28,6 +28,7 @@ class StepsConfig(StageConfig):
 def count(config: StepsConfig, name: str, start: int, scratch: Path, reporter: Reporter) -> int:
     """Run the steps that are left; the final state follows from ``start`` and all steps alone."""
     path = scratch / "checkpoint.json"
+    name = f"{name}@{scratch.name[:8]}"  # members of two stages may have the same name; their scratch folders differ
     step, state = 0, start
     if path.exists():
         saved = json.loads(path.read_text())
