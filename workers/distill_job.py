@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
@@ -45,6 +46,7 @@ from workers.modelfile import (
 )
 from workers.protocols import domain_rows
 from workers.schedules import constant, cosine_warmup, exponential_per_epoch
+from workers.second_order import prepare
 from workers.transforms import Transform, TransformSpec, transform_for
 
 if TYPE_CHECKING:
@@ -177,6 +179,9 @@ def build_module(job: DistillJob, data: DomainData) -> EpisodeModule:
     aggregator = load_aggregator(Path(job.aggregator.path), job.aggregator.meta)
     # The classification head of the aggregator gets no gradient in meta-training and must not move.
     aggregator.mlp.requires_grad_(False)
+    if job.settings.fast_second_order:
+        image = data.images[int(data.splits[job.split][0])]
+        prepare(student.features, _transform(job, data, "train").fixed(0).batch([np.asarray(image)]))
     return EpisodeModule(student, aggregator, job.settings.meta, data.info.task)
 
 

@@ -71,6 +71,9 @@ class DistillSettings(BaseModel):
         default=50, ge=1, description="steps between checkpoints", json_schema_extra={"cache": False}
     )
     image_size: int | None = Field(default=None, ge=8, le=2048, description="side in pixels; null: the official size")
+    fast_second_order: bool = Field(
+        default=True, description="fold frozen BatchNorms, cheaper double backward; same gradients up to rounding"
+    )
     channels_last: bool = Field(default=False, description="memory layout of images; faster with bf16 on a CPU")
     eval_batch_size: int = Field(default=128, ge=1, description="images per forward pass of validations")
     loader_threads: int = Field(default=0, ge=0, description="decoding threads", json_schema_extra={"cache": False})
