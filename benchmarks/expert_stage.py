@@ -29,7 +29,7 @@ def run(sizes: Sizes) -> list[Row]:
     """One row; the target is 0.9 of the number of cores."""
     quick = sizes == Sizes.quick()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    steps = 5 if quick else 1200
+    steps = 5 if quick else 2000
     with tempfile.TemporaryDirectory() as folder:
         store = Store.open(str(Path(folder) / "store"))
         data_root = Path(folder) / "data"

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field
 
 from moe.errors import SpecError
 from workers.batches import ImageReader, Prefetcher
@@ -30,7 +29,7 @@ from workers.context import Reporter
 from workers.data import load_data
 from workers.datasets.base import DomainData
 from workers.device import setup
-from workers.distill_settings import DistillSettings
+from workers.distill_settings import DistillJob, DistillSettings, StoredModel
 from workers.distill_validation import Validation
 from workers.engines.base import Engine, OptimizerOptions, ParamGroup
 from workers.episodes import Episodes
@@ -47,44 +46,14 @@ from workers.modelfile import (
 from workers.protocols import domain_rows
 from workers.schedules import constant, cosine_warmup, exponential_per_epoch
 from workers.second_order import prepare
-from workers.transforms import Transform, TransformSpec, transform_for
+from workers.transforms import Transform, transform_for
 
 if TYPE_CHECKING:
     from moe.meta_step import EpisodeModule
 
+__all__ = ["DistillJob", "StoredModel", "distill", "distilled_meta"]
+
 RESULT_FILE = "distill.json"
-
-
-class StoredModel(BaseModel):
-    """An artifact on disk: its folder and the record that its stage wrote."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    path: str = Field(description="folder of the artifact")
-    meta: dict[str, Any] = Field(description="its JSON record")
-
-
-class DistillJob(BaseModel):
-    """Everything a rank needs, as JSON. ``context.train(distill, job.model_dump(mode="json"))``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    dataset: str = Field(description="registry name")
-    options: dict[str, Any] = Field(default_factory=dict, description="the data set's options")
-    data_root: str = Field(description="folder with prepared data sets")
-    split: str = Field(default="train", description="rows to draw episodes from")
-    student: StoredModel = Field(description="the pre-trained student (form classifier or student)")
-    aggregator: StoredModel = Field(description="the pre-trained aggregator")
-    features: list[str] = Field(min_length=1, description="feature folders of the experts, in expert order")
-    groups: list[list[int]] = Field(description="domains of each expert, in expert order (the domain split)")
-    transforms: dict[str, TransformSpec] = Field(
-        default_factory=dict, description="'train' and 'eval'; the data set's official ones when left out"
-    )
-    settings: DistillSettings = Field(description="how to train")
-    seed: int = Field(description="the only source of randomness")
-    threads: int = Field(default=1, ge=1, description="compute threads of each rank")
-    scratch: str = Field(description="folder that survives crashes; every rank can read it")
-    output: str = Field(description="folder of the result; rank 0 writes")
 
 
 class _Silent:
@@ -320,5 +289,6 @@ def distilled_meta(job: DistillJob) -> dict[str, Any]:
             **rates,
         },
         "step": record["step"],
+        "steps": record["steps"],
         "scores": record["scores"],
     }

@@ -1,15 +1,16 @@
-"""How to meta-distil: the settings of the distillation job, free of torch. The ``training:`` block of its stage.
+"""How to meta-distil, free of torch: the ``training:`` block of the stage, and the job that every rank receives.
 
 Defaults are Meta-DMoE's (arXiv 2210.03885, public code) where it has one.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moe.specs import MetaStepSpec, StudentMoESpec
+from workers.transforms import TransformSpec
 
 
 class DistillSettings(BaseModel):
@@ -86,3 +87,35 @@ class DistillSettings(BaseModel):
         if self.moe is not None and self.moe.num_experts % self.ep_size:
             raise ValueError(f"moe.num_experts={self.moe.num_experts} is not a multiple of ep_size={self.ep_size}")
         return self
+
+
+class StoredModel(BaseModel):
+    """An artifact on disk: its folder and the record that its stage wrote."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field(description="folder of the artifact")
+    meta: dict[str, Any] = Field(description="its JSON record")
+
+
+class DistillJob(BaseModel):
+    """Everything a rank needs, as JSON. ``context.train(distill, job.model_dump(mode="json"))``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str = Field(description="registry name")
+    options: dict[str, Any] = Field(default_factory=dict, description="the data set's options")
+    data_root: str = Field(description="folder with prepared data sets")
+    split: str = Field(default="train", description="rows to draw episodes from")
+    student: StoredModel = Field(description="the pre-trained student (form classifier or student)")
+    aggregator: StoredModel = Field(description="the pre-trained aggregator")
+    features: list[str] = Field(min_length=1, description="feature folders of the experts, in expert order")
+    groups: list[list[int]] = Field(description="domains of each expert, in expert order (the domain split)")
+    transforms: dict[str, TransformSpec] = Field(
+        default_factory=dict, description="'train' and 'eval'; the data set's official ones when left out"
+    )
+    settings: DistillSettings = Field(description="how to train")
+    seed: int = Field(description="the only source of randomness")
+    threads: int = Field(default=1, ge=1, description="compute threads of each rank")
+    scratch: str = Field(description="folder that survives crashes; every rank can read it")
+    output: str = Field(description="folder of the result; rank 0 writes")

@@ -246,7 +246,9 @@ def _read_record(path: Path) -> FeatureRecord:
     except FileNotFoundError:
         raise NotFoundError(f"{path} holds no finished features ({RECORD} is missing).", "Run its stage.") from None
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path / RECORD} is damaged: {error}.", "Remove that folder and submit again; it will be made anew.") from error
+        raise CheckpointError(
+            f"{path / RECORD} is damaged: {error}.", "Remove that folder and submit again; it will be made anew."
+        ) from error
 
 
 def _save_array(path: Path, array: NDArray[Any]) -> None:

@@ -120,14 +120,18 @@ def _columns(result: EvaluationResult) -> list[Column]:
     metrics = [result.metric, *(name for name in result.methods[0].scores if name != result.metric)]
     columns = [Column(name, name.replace("_", " "), _is_share(name)) for name in metrics]
     share = result.task != "regression"
+    if len(result.domains) == 1:  # the mean and the worst of one domain say nothing new
+        columns = [column for column in columns if not column.key.startswith("worst_domain")]
+        return [*columns, _gain(result)]
     if "mean_of_domain_accuracies" not in metrics:
         columns.append(Column("domain_mean", "mean of domains", share))
     if not {"worst_domain_accuracy", "worst_domain_pearson_r"} & set(metrics):
         columns.append(Column("domain_worst", "worst domain", share))
-    return [
-        *columns,
-        Column("gain", f"gain ({result.metric.replace('_', ' ')})", _is_share(result.metric), signed=True),
-    ]
+    return [*columns, _gain(result)]
+
+
+def _gain(result: EvaluationResult) -> Column:
+    return Column("gain", f"gain ({result.metric.replace('_', ' ')})", _is_share(result.metric), signed=True)
 
 
 def _row(name: str, label: str, columns: Sequence[Column], results: Sequence[EvaluationResult]) -> Row:
@@ -152,7 +156,7 @@ def _notes(first: EvaluationResult, seeds: Sequence[int]) -> list[str]:
     }
     return [
         f"Seeds {', '.join(map(str, seeds))}; ± is the standard deviation over seeds. "
-        f"{len(first.domains)} domains, {sum(first.counts)} scored images.",
+        f"{len(first.domains)} domain{'s' * (len(first.domains) != 1)}, {sum(first.counts)} scored images.",
         adapted.get(first.protocol, ""),
         "Gain: difference to the same model without adaptation, paired within each seed.",
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,9 @@ class SplitConfig(StageConfig):
 
     preset: str | None = Field(default=None, description="algorithm/dataset/part whose settings to start from")
     groups: int = Field(ge=1, le=100_000, description="number of experts E")
+    strategy: Literal["random", "ordered"] = Field(
+        default="random", description="random: the paper's shuffle; ordered: neighbouring domain ids stay together"
+    )
     seed: int | None = Field(
         default=None, ge=0, description="seed of the shuffle; the official code's split needs its seed here"
     )
@@ -45,7 +48,8 @@ class Stage(StageBase[SplitConfig]):
 
         index = read_index(context.inputs["data"][0])
         column = index.column(index.domain_field, index.splits["train"])
-        split = domain_groups(column, config.groups, context.seed if config.seed is None else config.seed)
+        seed = context.seed if config.seed is None else config.seed
+        split = domain_groups(column, config.groups, seed, config.strategy)
         empty = [number for number, domains in enumerate(split.groups) if not domains]
         if empty:
             raise DataError(

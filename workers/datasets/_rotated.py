@@ -3,7 +3,8 @@
 ``rotated14`` follows the Rotated MNIST protocol of Adaptive Risk Minimization (Zhang et al., "Adaptive Risk
 Minimization: Learning to Adapt to Domain Shift", NeurIPS 2021, section 5): angles 0, 10, ..., 130; 32292 training
 images, of which 324 for each of 90, 100 and 110 degrees and 108 for each of 120 and 130; testing at every angle with
-equally many images of the official test part; accuracy of the worst angle beside the mean. Ours: the nine large groups
+equally many images of the official test part; accuracy of the worst angle beside the mean. Ours: 24 angles over the
+whole circle as an option; the nine large groups
 share the rest equally (3456 each, so the sizes stand as 32 : 3 : 1), a training image is used at one angle only,
 rotation is bilinear, positive angles turn counter-clockwise, and the test images of an angle are halved into
 ``test_support`` and ``test``, by the same digits at every angle. The Fashion-MNIST variant is ours altogether.
@@ -33,7 +34,8 @@ ANGLES14 = tuple(range(0, 140, 10))
 UNITS14 = (32,) * 9 + (3,) * 3 + (1,) * 2  # published sizes 3456 (derived), 324, 108
 PAPER_TOTAL = 32292
 ANGLES6 = tuple(range(0, 90, 15))
-HOLDOUT: dict[str, tuple[int, ...]] = {"none": (), "every_4th": (30, 70, 110), "extreme": (110, 120, 130)}
+CIRCLE = tuple(range(0, 360, 15))
+HOLDOUT: dict[str, slice] = {"none": slice(0), "every_4th": slice(3, None, 4), "extreme": slice(-3, None)}
 
 
 class Rotated14Options(BaseModel):
@@ -41,9 +43,13 @@ class Rotated14Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    angles: Literal["published", "circle"] = Field(
+        "published", description="published: 0, 10, ..., 130 degrees; circle (ours): 24 angles 0, 15, ..., 345"
+    )
     holdout: Literal["none", "every_4th", "extreme"] = Field(
         "none",
-        description="angles kept out of training and tested alone: none (published), 30/70/110, or 110/120/130",
+        description="angles kept out of training and tested alone: none (published), every 4th (30, 70, 110 of the "
+        "published ones), or the last three",
     )
     group_sizes: Literal["unequal", "equal"] = Field(
         "unequal", description="training images an angle: unequal as 32:3:1 (published) or equal"
@@ -51,6 +57,11 @@ class Rotated14Options(BaseModel):
     train_size: int | None = Field(
         None, ge=600, le=60000, description="training images over all angles; default 32292 or what the source has"
     )
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """The angles in degrees."""
+        return CIRCLE if self.angles == "circle" else ANGLES14
+
     val_per_angle: int = Field(100, ge=10, le=2000, description="validation images an angle")
     test_per_angle: int = Field(1000, ge=20, le=10000, description="test images an angle, half of them as support")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="seed that draws the images")
@@ -86,11 +97,12 @@ def load14(root: Path, info: DatasetInfo, options: Rotated14Options, pools: Pool
             f"test_per_angle is {options.test_per_angle}, but the source has {len(pools.test_images)} test images.",
             f"Set test_per_angle to at most {len(pools.test_images)}.",
         )
+    degrees = options.degrees
     key = [pools.digest, *sizes, options.val_per_angle, options.test_per_angle, options.seed]
     recipe = f"{RECIPE}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
     arrays = cached(data_root(root, info), recipe, lambda: _draw14(pools, sizes, options))
     part, angle = arrays["part"], arrays["angle"]
-    held = np.isin(angle, HOLDOUT[options.holdout])
+    held = np.isin(angle, degrees[HOLDOUT[options.holdout]])
     seen = ~held
     tested = held if options.holdout != "none" else np.ones_like(held)
     splits = {
@@ -102,24 +114,27 @@ def load14(root: Path, info: DatasetInfo, options: Rotated14Options, pools: Pool
     }
     if options.holdout != "none":
         splits["id_test"] = np.flatnonzero((part == 3) & seen)
-    domain = angle // 10
+    domain = np.searchsorted(np.array(degrees), angle)
     metadata = np.stack([domain, arrays["labels"], arrays["source_row"], angle], axis=1)
-    names = {"domain": tuple(str(a) for a in ANGLES14), "y": tuple("0123456789")}
+    names = {"domain": tuple(str(a) for a in degrees), "y": tuple("0123456789")}
     fields = ("domain", "y", "source_row", "angle")
     return domain_data(info, arrays["images"], arrays["labels"], metadata, fields, splits, names)
 
 
 def _train_sizes(options: Rotated14Options, pool: int) -> list[int]:
-    """Training images of each of the 14 angles."""
-    reserve = 14 * options.val_per_angle
+    """Training images of each angle."""
+    count = len(options.degrees)
+    reserve = count * options.val_per_angle
     available = pool - reserve
     total = options.train_size if options.train_size is not None else min(PAPER_TOTAL, available)
-    if total > available or total < 14:
+    if total > available or total < count:
         raise SpecError(
             f"train_size {total} and {reserve} validation images do not fit into the {pool} images of the source.",
             f"Set train_size to at most {max(available, 0)}, or make val_per_angle smaller.",
         )
-    units = UNITS14 if options.group_sizes == "unequal" else (1,) * 14
+    if options.group_sizes == "unequal" and options.angles == "circle":
+        raise SpecError("group_sizes is unequal, which is defined for the 14 published angles.", "Use equal.")
+    units = UNITS14 if options.group_sizes == "unequal" else (1,) * count
     return [max(1, total * unit // sum(units)) for unit in units]
 
 
@@ -138,7 +153,7 @@ def _draw14(pools: Pools, sizes: list[int], options: Rotated14Options) -> Arrays
     images: list[NDArray[np.uint8]] = []
     labels: list[IntArray] = []
     start = 0
-    for angle, size in zip(ANGLES14, sizes, strict=True):
+    for angle, size in zip(options.degrees, sizes, strict=True):
         chosen = order[start : start + size + options.val_per_angle]
         start += len(chosen)
         rows += [chosen, test_order + len(pools.train_images)]

@@ -42,6 +42,7 @@ from workers.engines.base import (
     weighted,
 )
 from workers.engines.layout import Layout
+from workers.engines.moments import Moments
 from workers.engines.torch import load_strict, reduce_values, set_rates
 
 ZeroStage = Literal[0, 1, 2]
@@ -212,6 +213,8 @@ class DeepSpeedEngine:
             self._engine, *_ = deepspeed.initialize(
                 model=self.module, optimizer=optimizer, config=self._config(), dist_init_required=False
             )
+        stage = self.zero.zero_stage
+        self._moments = Moments(optimizer, self._engine.optimizer if stage > 0 else None, deepspeed.utils)
         self._layout.group = _expert_group(self.zero.ep_size) if self._layout.experts else None
         return optimizer
 
@@ -252,10 +255,7 @@ class DeepSpeedEngine:
 
     def reset_optimizer(self) -> None:
         """See the protocol. Zero moments at step 0 are what a new Adam starts from."""
-        for slots in self.optimizer.state.values():
-            for value in slots.values():
-                if isinstance(value, Tensor):
-                    value.zero_()
+        self._moments.zero()
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See the protocol."""
@@ -273,32 +273,13 @@ class DeepSpeedEngine:
     def state_dict(self) -> EngineState:
         """See the protocol."""
         moments: dict[str, dict[str, Tensor]] = {}
-        parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        step, slots = self._slots()
-        if slots:
-            self._link_moments()
-        for slot in slots:
-            local = {name: self._moment(parameter, slot) for name, parameter in parameters.items()}
+        for slot, local in self._moments.read(self.module).items():
             for name, value in self.gather(local).items():
                 moments.setdefault(name, {})[slot] = value
+        step = self._moments.step()
         for found in moments.values():
-            found["step"] = step.detach().cpu().clone()
+            found["step"] = step.clone()
         return EngineState(module=self.gather(self.module.state_dict()), optimizer=moments)
-
-    def _slots(self) -> tuple[Tensor, list[str]]:
-        """Updates since the last reset, and the names of the moments; none before the first step."""
-        for state in self.optimizer.state.values():
-            return state.get("step", torch.tensor(0.0)), [k for k, v in state.items() if k != "step" and v is not None]
-        return torch.tensor(0.0), []
-
-    def _moment(self, parameter: nn.Parameter, slot: str) -> Tensor:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        if self.zero.zero_stage == 0:
-            found = self.optimizer.state.get(parameter, {}).get(slot)
-            return torch.zeros_like(parameter) if found is None else found
-        value: Tensor = safe_get_full_optimizer_state(parameter, slot)
-        return value
 
     def load_state_dict(self, state: EngineState) -> None:
         """See the protocol."""
@@ -311,44 +292,10 @@ class DeepSpeedEngine:
             )
         load_strict(self._plain, state.module)
         self.module.load_state_dict(self.scatter(state.module))
-        slots = sorted({slot for found in state.optimizer.values() for slot in found if slot != "step"})
+        names = self._layout.plain_names
+        local = {n: state.optimizer.get(names[n], {}) for n, p in self.module.named_parameters() if p.requires_grad}
         steps = [float(found["step"]) for found in state.optimizer.values() if "step" in found]
-        self._prepare_slots(slots, max(steps, default=0.0))
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                self._load_parameter(parameter, state.optimizer.get(self._layout.plain_names[name], {}), slots)
-
-    def _prepare_slots(self, slots: Sequence[str], step: float) -> None:
-        """Give every tensor of the optimiser zero moments at ``step``, so that they can be filled in place."""
-        self.optimizer.state.clear()
-        if not slots:
-            return
-        for group in self.optimizer.param_groups:
-            for tensor in group["params"]:
-                self.optimizer.state[tensor] = {slot: torch.zeros_like(tensor) for slot in slots}
-                if self.options.name != "sgd":
-                    self.optimizer.state[tensor]["step"] = torch.tensor(step)
-        self._link_moments()
-
-    def _link_moments(self) -> None:
-        """ZeRO links moments to parameters once, after the step of the first group: too early for the others."""
-        if self.zero.zero_stage > 0:
-            self._engine.optimizer._hp_optimizer_states_linked = False
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _load_parameter(self, parameter: nn.Parameter, found: Mapping[str, Tensor], slots: Sequence[str]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        if self.zero.zero_stage > 0:
-            safe_set_full_fp32_param(parameter, parameter.detach())
-        for slot in slots:
-            if slot not in found:
-                continue
-            value = found[slot].to(self.device)
-            if self.zero.zero_stage == 0:
-                self.optimizer.state[parameter][slot].copy_(value)
-            else:
-                safe_set_full_optimizer_state(parameter, value, slot)
+        self._moments.write(self.module, local, max(steps, default=0.0))
 
     def barrier(self) -> None:
         """See the protocol."""

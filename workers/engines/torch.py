@@ -120,10 +120,8 @@ class TorchEngine:
                     "Start the stage afresh (delete its scratch folder) after changing the model.",
                 )
             parameter = by_name[name]
-            # `step` is a CPU scalar by torch's own convention; moments live beside their parameter.
             self.optimizer.state[parameter] = {
-                key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
-                for key, value in slots.items()
+                key: value.to(parameter.device, copy=True) for key, value in slots.items()
             }
 
     def plain(self) -> nn.Module:
