@@ -158,7 +158,7 @@ class LintProblem:
         return f"{dotted(self.path)}: {self.message}{' ' + self.hint if self.hint else ''}"
 
 
-class SpecErrors(SpecError):  # noqa: N818 - plural on purpose: it holds them all
+class SpecErrors(SpecError):
     """Everything that is wrong with a pipeline, at once.
 
     Attributes:

@@ -95,7 +95,7 @@ class StageSpec(_Model):
 class PipelineSpec(_Model):
     """A whole pipeline, ready to become a graph."""
 
-    apiVersion: Literal["moepipe/v1"] = Field(description="Version of this format: moepipe/v1.")  # noqa: N815
+    apiVersion: Literal["moepipe/v1"] = Field(description="Version of this format: moepipe/v1.")
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100, description="Short name; begins the ids of its runs."
     )

@@ -40,7 +40,7 @@ class Reporter(Protocol):
         ...
 
     def check(self) -> None:
-        """Raise :class:`moe.errors.Interrupted` when a stop was asked for. Call it where a checkpoint was just saved."""
+        """Raise :class:`moe.errors.Interrupted` if a stop was asked for. Call it where a checkpoint was just saved."""
         ...
 
 

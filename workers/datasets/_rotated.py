@@ -57,6 +57,7 @@ class Rotated14Options(BaseModel):
     train_size: int | None = Field(
         None, ge=600, le=60000, description="training images over all angles; default 32292 or what the source has"
     )
+
     @property
     def degrees(self) -> tuple[int, ...]:
         """The angles in degrees."""
