@@ -41,9 +41,7 @@ class EvaluateConfig(StageConfig):
     replicates: int = Field(default=1000, ge=0, description="bootstrap resamples of the confidence intervals; 0: none")
     image_size: int | None = Field(default=None, ge=8, le=2048, description="side in pixels; null: as it was trained")
     official_rxrx1: bool = Field(default=False, description="random rotations in evaluation, as the official code has")
-    batch_size: int = Field(
-        default=128, ge=1, description="images per forward pass", json_schema_extra={"cache": False}
-    )
+    batch_size: int = Field(default=128, ge=1, description="images per forward pass; moves the last bits")
 
     @model_validator(mode="before")
     @classmethod

@@ -21,9 +21,7 @@ class FeaturesConfig(StageConfig):
     splits: tuple[str, ...] = Field(default=("train", "val"), min_length=1, description="splits that are stored")
     dtype: Literal["float32", "float16"] = Field(default="float32", description="float16 halves the files")
     image_size: int | None = Field(default=None, ge=8, le=2048, description="side in pixels; null: as it was trained")
-    batch_size: int = Field(
-        default=128, ge=1, description="images per forward pass", json_schema_extra={"cache": False}
-    )
+    batch_size: int = Field(default=128, ge=1, description="images per forward pass; moves the last bits")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the forward passes")
 
     @model_validator(mode="before")
