@@ -80,3 +80,7 @@ app.add_typer(cli_tools.track, name="track", rich_help_panel="House-keeping")
 def main() -> None:
     """Entry point of the console script."""
     app(prog_name="moepipe")
+
+
+if __name__ == "__main__":
+    main()

@@ -112,10 +112,11 @@ class RayExecutor:
                 else:
                     ray.init(address=self._address, log_to_driver=False, logging_level="ERROR")
                     self._owned = True
-            except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
+            except Exception as error:  # Ray raises a bare Exception when a process of its own dies while it starts
                 what = "An embedded Ray could not be started" if self._address is None else f"No Ray at {self._address}"
+                said = (str(error).splitlines() or [type(error).__name__])[0]
                 raise EnvironmentProblem(
-                    f"{what}: {str(error).splitlines()[0]}.", "`moepipe doctor` checks it."
+                    f"{what}: {said}.", "Try `moepipe resume`; `moepipe doctor` checks it."
                 ) from None
         from orchestrator.executors.ray_actors import RemoteSink
 

@@ -12,6 +12,7 @@ from orchestrator.store import Store
 from tests.support.pipelines import DIAMOND, go, pipeline
 
 SLOW = {"kind": "sleepy", "config": {"steps": 40, "step_s": 0.05, "checkpoint_every": 2}}
+LONG = {"kind": "sleepy", "config": {"steps": 200, "step_s": 0.03, "checkpoint_every": 2}}
 
 
 @pytest.fixture
@@ -82,17 +83,17 @@ def test_a_process_that_exits_uses_up_its_budget(executor, store):
 
 
 def test_graceful_stop_then_resume(executor, store, tmp_path):
-    calm, _ = go(pipeline({"s": SLOW}), Store.open(tmp_path / "calm"))
+    calm, _ = go(pipeline({"s": LONG}), Store.open(tmp_path / "calm"))
     stop = threading.Event()
 
     def listen(event):
         if event.kind == "member-progress" and event.data["done"] >= 10:
             stop.set()
 
-    outcome, run = go(pipeline({"s": SLOW}), store, executor, listeners=[listen], stop=stop)
+    outcome, run = go(pipeline({"s": LONG}), store, executor, listeners=[listen], stop=stop)
     assert outcome.status == run.status == "interrupted"
     again = RunStore(store).resume(run.id)
-    finished, _ = go(pipeline({"s": SLOW}), store, RayExecutor(), run=again)
+    finished, _ = go(pipeline({"s": LONG}), store, RayExecutor(), run=again)
     assert finished.artifacts == calm.artifacts and "continues at step" in again.log_path("s/seed=0").read_text()
 
 

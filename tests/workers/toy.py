@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from workers.datasets._arrays import domain_data
-from workers.datasets.base import DATASETS, DatasetInfo, DomainData
+from workers.datasets.base import DATASETS, DatasetInfo, DomainData, Missing
 
 
 def toy_data(num_domains: int = 6, rows_per_domain: int = 24, size: int = 8, seed: int = 0) -> DomainData:
@@ -64,6 +64,11 @@ class Options(BaseModel):
 
 def load(root: Path, options: Options) -> DomainData:
     return toy_data(options.num_domains, options.rows_per_domain, options.size)
+
+
+def missing(root: Path) -> list[Missing]:
+    """Nothing: it is made in memory."""
+    return []
 
 
 def register() -> None:
