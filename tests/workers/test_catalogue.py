@@ -18,7 +18,10 @@ ROOT = Path(__file__).parents[2]
 def test_every_registered_set_has_a_row(tmp_path):
     rows = catalogue.list_datasets(tmp_path)
     assert [row.info.name for row in rows] == DATASETS.names()
-    for row in rows:
+    # Other tests may have registered sets of their own in this process; the rules below are for the shipped ones.
+    shipped = [row for row in rows if DATASETS.module_name(row.info.name).startswith("workers.datasets.")]
+    assert len(shipped) >= 13
+    for row in shipped:
         assert row.info.title and row.info.licence and row.info.source
         assert row.importable or row.info.name in {"digits5", "glyphs61", "emoji7"}
         assert all(gap.what and gap.fix for gap in (*row.missing, *row.optional))
