@@ -66,6 +66,8 @@ def train_member(
         DataError: no rows are left.
         CheckpointError: ``init`` is of another architecture.
     """
+    from moe.backbones import feature_dim
+
     rows = rows_of(data, tuple(splits))
     if domains is not None:
         rows = rows[np.isin(data.column(data.info.domain_field, rows), domains)]
@@ -88,9 +90,8 @@ def train_member(
         threads=context.threads,
     )
     context.metrics({f"val/{name}": value for name, value in result.scores.items()}, step=result.step)
-    dim = feature_dim(spec, data)
     return {
-        **model_meta("classifier", spec, data.info.num_outputs, dim, data.info.name),
+        **model_meta("classifier", spec, data.info.num_outputs, feature_dim(spec), data.info.name),
         "image_size": settings.image_size,
         "rows": len(rows),
         "domains": domains,
@@ -120,11 +121,3 @@ def initial_network(spec: BackboneSpec, data: DomainData, init: Input | None, se
     if spec.pretrained:
         load_pretrained(spec, network, context.data_root)
     return network
-
-
-def feature_dim(spec: BackboneSpec, data: DomainData) -> int:
-    """Width D of the features of ``spec``."""
-    from moe.backbones import build_student
-
-    with torch.device("meta"):
-        return int(build_student(spec, data.info.num_outputs).feature_dim)
