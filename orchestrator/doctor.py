@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 DISTRIBUTION = "moepipe"
 OUR_PACKAGES = ("moe", "workers", "orchestrator", "serve")
+TESTED_SET = "pip install -c constraints.txt -e '.[demo,text,graph,dev]'"
 LIBRARIES = ("torch", "torchvision", "ray", "deepspeed", "mlflow", "timm", "wilds", "pydantic", "typer")
 PORTS = {8265: "Ray dashboard", 5000: "MLflow (moepipe ui)"}
 
@@ -148,11 +149,14 @@ def _libraries() -> Iterator[Check]:
     found, ranges = versions(), _ranges()
     if found[DISTRIBUTION] is None:
         yield Check(
-            "moepipe", "failed", "not installed as a distribution", "pip install -c constraints.txt -e '.[demo,dev]'"
+            "moepipe",
+            "failed",
+            "not installed as a distribution",
+            TESTED_SET,
         )
     for name in LIBRARIES:
         version, wanted = found[name], ranges.get(name, "")
-        fix = f"pip install '{name}{wanted}' (or the tested set: pip install -c constraints.txt -e '.[demo,dev]')"
+        fix = f"pip install '{name}{wanted}' (or the tested set: {TESTED_SET})"
         if version is None:
             yield Check(name, "failed", "not installed", fix)
         elif not SpecifierSet(wanted).contains(version, prereleases=True):

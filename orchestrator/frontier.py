@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.cache import InputDigest
@@ -68,6 +68,15 @@ class Frontier:
             if self._open[child] == 0:
                 ready.append(child)
         return ready
+
+    def last_before(self, flying: Container[str], name: str) -> list[str]:
+        """Children of ``name`` all of whose open parents are among ``flying``."""
+        nodes = self.graph.nodes
+        return [
+            child
+            for child in self.graph.children[name]
+            if sum(parent in flying for parent in nodes[child].parents) == self._open[child]
+        ]
 
     @property
     def settled(self) -> int:

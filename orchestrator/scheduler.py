@@ -254,6 +254,10 @@ class _Loop:
         self.attempts[name] = self.attempts.get(name, 0) + 1
         place = Place(self.store, self.run, str(self.data_root))
         self.executor.start(make_task(self.graph, node, key, self.inputs[name], self.attempts[name], place))
+        for child in self.frontier.last_before(self.flights, name):
+            stage = self.graph.stages[self.graph.nodes[child].stage].stage
+            if stage.gang:
+                self.executor.expect(self.graph.nodes[child].resources, stage.modules)
         return True
 
     # ---- what comes back -------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -113,6 +113,15 @@ class Executor(Protocol):
 
     def start(self, task: Task) -> None:
         """Begin a task. Returns at once; what happens is delivered by :meth:`poll`."""
+        ...
+
+    def expect(self, resources: Resources, modules: Sequence[str]) -> None:
+        """A gang of this shape is wanted as soon as what runs now has finished; its ranks may be started ahead.
+
+        Args:
+            resources: ranks, and what each takes.
+            modules: what they will import.
+        """
         ...
 
     def poll(self, timeout: float, deliver: Deliver) -> None:

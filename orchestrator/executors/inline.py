@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from orchestrator.capacity import Capacity
 from orchestrator.context import run_here, run_member
 from orchestrator.executors.base import Deliver, Signal, Task
+from orchestrator.spec import Resources
 
 
 class _Tee:
@@ -74,6 +75,9 @@ class InlineExecutor:
     def start(self, task: Task) -> None:
         """See :class:`orchestrator.executors.base.Executor`."""
         self._queue.append(task)
+
+    def expect(self, resources: Resources, modules: Sequence[str]) -> None:
+        """Nothing to prepare: ranks are this process."""
 
     def poll(self, timeout: float, deliver: Deliver) -> None:
         """Run the next task to its end; its signals are delivered while it runs."""

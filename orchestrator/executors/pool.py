@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,13 @@ class Runner:
 
     Attributes:
         actor: its handle.
-        holds: what it takes from Ray as long as it lives.
+        holds: what it, or the gang that it keeps, takes from Ray as long as it lives.
+        gang: it keeps the ranks of a gang, and runs nothing but members of that shape.
     """
 
     actor: Any
     holds: Amounts
+    gang: bool = False
 
 
 class Pool:
@@ -31,19 +34,26 @@ class Pool:
 
     def __init__(self, end: Callable[[Runner], None]) -> None:
         self._idle: list[Runner] = []
+        self._since: dict[int, float] = {}
         self._end = end
 
     def __len__(self) -> int:
         return len(self._idle)
 
+    @property
+    def idle(self) -> list[Runner]:
+        """The actors that wait."""
+        return list(self._idle)
+
     def give(self, runner: Runner) -> None:
         """An actor has nothing to do."""
         self._idle.append(runner)
+        self._since[id(runner)] = time.monotonic()
 
-    def take(self, holds: Amounts) -> Runner | None:
+    def take(self, holds: Amounts, gang: bool = False) -> Runner | None:
         """An idle actor of this shape, if there is one; the one that worked last, whose pages are warm."""
         for runner in reversed(self._idle):
-            if runner.holds == holds:
+            if runner.holds == holds and runner.gang == gang:
                 self._idle.remove(runner)
                 return runner
         return None
@@ -70,6 +80,13 @@ class Pool:
                     return
             self._idle.remove(runner)
             self._end(runner)
+
+    def end_idle_gangs(self, seconds: float) -> None:
+        """End gangs that have waited so long for their next member: their processes take memory, maybe devices."""
+        for runner in [runner for runner in self._idle if runner.gang]:
+            if time.monotonic() - self._since[id(runner)] >= seconds:
+                self._idle.remove(runner)
+                self._end(runner)
 
     def clear(self, end: bool = True) -> None:
         """Forget all of them, and end them (not when their Ray is dead)."""

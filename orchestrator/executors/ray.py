@@ -2,8 +2,8 @@
 
 An actor holds one shape of resources and is used again for members of that shape, so that a fan-out pays for imports
 once per slot. In an embedded Ray the driver's ledger alone counts cores and memory, and actors hold only devices and
-custom resources: so every stage uses the same warm processes. A gang's member runs in an actor that holds nothing, and
-its ranks are a Ray Train job; a gang of one is an ordinary member.
+custom resources: so every stage uses the same warm processes. A gang's member runs in an actor that keeps its ranks, a
+Ray Train job, for the next member of that shape; a gang of one is an ordinary member.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,12 @@ from orchestrator.capacity import Amounts, Capacity, machine_capacity, rank_dema
 from orchestrator.executors.base import Deliver, Signal, Task
 from orchestrator.executors.pool import Pool, Runner
 from orchestrator.executors.ray_env import prepare_environment, remove_dead_sessions
+from orchestrator.spec import Resources
 
 OBJECT_STORE_BYTES = 256 * 2**20
 PENDING_S = 300.0
+IDLE_GANG_S = 120.0
+_PRESTARTED = 4
 _HIDDEN = ("node:", "object_store_memory", "accelerator_type:")
 
 
@@ -49,7 +52,7 @@ class RayExecutor:
         address: None: an embedded Ray, or the one that this process is connected to already. Otherwise ``auto``,
             ``host:port`` or ``ray://host:port``; the cluster must have moepipe installed and see the store's folder.
         num_cpus: cores of the embedded Ray; default all that this process may use.
-        preload: modules that the embedded Ray's workers import ahead.
+        preload: modules that the actors of an embedded Ray import ahead, while Ray and the first member start.
         restarts: how often the embedded Ray is started again after it died.
     """
 
@@ -57,7 +60,7 @@ class RayExecutor:
         self,
         address: str | None = None,
         num_cpus: float | None = None,
-        preload: tuple[str, ...] = ("torch",),
+        preload: tuple[str, ...] = ("torch", "torch._dynamo", "pandas"),
         restarts: int = 5,
     ) -> None:
         self._address = address
@@ -66,6 +69,7 @@ class RayExecutor:
         self._restarts = restarts
         self._owned = False
         self._started = False
+        self._cores = 0
         self._processes: list[Any] = []
         self._sink: Any = None
         self._pool = Pool(self._end_actor)
@@ -101,7 +105,7 @@ class RayExecutor:
         """
         if self._started:
             return
-        folder = prepare_environment(self._preload)
+        folder = prepare_environment()
         import ray
 
         if not ray.is_initialized():
@@ -122,14 +126,18 @@ class RayExecutor:
 
         self._sink = RemoteSink.remote()  # type: ignore[attr-defined]
         self._started = True
+        if self._processes and self._preload:
+            for _ in range(min(_PRESTARTED, self._cores)):
+                self._pool.give(Runner(self._new_actor({}), {}))
 
     def _start_embedded(self, folder: Path) -> None:
         import ray
 
         capacity = machine_capacity(self._num_cpus).machines[0]
+        self._cores = int(capacity["cpus"]) or 1
         ray.init(
             address="local",
-            num_cpus=int(capacity["cpus"]) or 1,
+            num_cpus=self._cores,
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
@@ -172,16 +180,33 @@ class RayExecutor:
         flag = _flag(task)
         quiet_remove(flag)
         demand = {name: amount * task.resources.workers for name, amount in rank_demand(task.resources).items()}
-        holds = {} if task.gang and task.resources.workers > 1 else self._held(demand)
-        runner = self._pool.take(holds)
+        gang = task.gang and task.resources.workers > 1
+        # The ranks of a gang take their share from Ray themselves, even where the ledger counts for the rest.
+        holds = demand if gang else self._held(demand)
+        runner = self._pool.take(holds, gang)
+        if runner is None and gang and (plain := self._pool.take({})):
+            runner = Runner(plain.actor, holds, gang=True)
         if task.gang or runner is None:
-            # The ranks of a gang take their share from Ray themselves, even where the ledger counts for the rest.
-            gang = task.gang and task.resources.workers > 1
-            busy = [self._held(job.demand) for job in self._jobs.values()]
-            self._pool.make_room(demand if gang else holds, busy, self.capacity())
-        runner = runner or Runner(self._new_actor(holds), holds)
+            self._pool.make_room(holds, [job.runner.holds for job in self._jobs.values()], self.capacity())
+        runner = runner or Runner(self._new_actor({} if gang else holds), holds, gang)
         ref = runner.actor.run.remote(task, self._sink)
         self._jobs[task.node] = _Job(task, runner, ref, demand, time.monotonic())
+
+    def expect(self, resources: Resources, modules: Sequence[str]) -> None:
+        """See :class:`orchestrator.executors.base.Executor`. In an embedded Ray the ranks of a gang start meanwhile.
+
+        On a cluster they would hold what others need.
+        """
+        runners = [*self._pool.idle, *(job.runner for job in self._jobs.values())]
+        if not self._processes or resources.workers == 1 or any(runner.gang for runner in runners):
+            return
+        import ray
+
+        holds = {name: amount * resources.workers for name, amount in rank_demand(resources).items()}
+        runner = Runner(self._new_actor({}), holds, gang=True)
+        folder = Path(ray._private.worker._global_node.get_session_dir_path()) / "train"
+        runner.actor.gather.remote(resources, folder, self._sink, modules)
+        self._pool.give(runner)
 
     def _held(self, demand: Amounts) -> Amounts:
         """What an actor takes from Ray for a demand."""
@@ -199,7 +224,7 @@ class RayExecutor:
         }
         if "memory_gb" in holds:
             options["memory"] = int(holds["memory_gb"] * 1e9)
-        return RemoteRunner.options(**options).remote(paths)  # type: ignore[attr-defined]
+        return RemoteRunner.options(**options).remote(paths, self._preload)  # type: ignore[attr-defined]
 
     def _end_actor(self, runner: Runner) -> None:
         import ray
@@ -244,6 +269,7 @@ class RayExecutor:
             del self._jobs[job.task.node]
             deliver(self._collect(job))
         self._watch_pending(deliver)
+        self._pool.end_idle_gangs(IDLE_GANG_S)
 
     def _drain(self, deliver: Deliver) -> None:
         import ray
@@ -262,7 +288,7 @@ class RayExecutor:
         """The result of a task whose reference is ready."""
         import ray
 
-        from orchestrator.executors.ray_actors import ray_cause
+        from orchestrator.executors.gang import ray_cause
 
         try:
             signal: Signal = ray.get(job.ref)

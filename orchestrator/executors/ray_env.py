@@ -59,12 +59,8 @@ def _token(folder: Path) -> Path:
     return path
 
 
-def prepare_environment(preload: tuple[str, ...] = ()) -> Path:
-    """Set what is not set yet, for this process and all that Ray starts; return the folder for Ray's sessions.
-
-    Args:
-        preload: modules that prestarted worker processes import ahead (torch takes seconds).
-    """
+def prepare_environment() -> Path:
+    """Set what is not set yet, for this process and all that Ray starts; return the folder for Ray's sessions."""
     folder = temp_folder()
     for name, value in _SETTINGS.items():
         if name != "DS_ACCELERATOR" or not _has_gpu():
@@ -72,8 +68,6 @@ def prepare_environment(preload: tuple[str, ...] = ()) -> Path:
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token(folder))
-    if preload:
-        os.environ.setdefault("RAY_preload_python_modules", ",".join(preload))
     return folder
 
 

@@ -69,6 +69,7 @@ class StageBase(Generic[C]):
         per_seed: members are made for every seed of the pipeline (True), or one set over all seeds (False), whose
             inputs then gather the members of all seeds.
         gang: ``run`` calls ``context.train``.
+        modules: what takes the ranks of a gang seconds to import; they may do it ahead.
         Config: the pydantic model of the ``config:`` block.
     """
 
@@ -77,6 +78,7 @@ class StageBase(Generic[C]):
     inputs: ClassVar[Mapping[str, Port]] = {}
     per_seed: ClassVar[bool] = True
     gang: ClassVar[bool] = False
+    modules: ClassVar[Sequence[str]] = ()
     Config: ClassVar[type[StageConfig]] = StageConfig
 
     def members(self, config: C) -> list[Member]:

@@ -6,7 +6,7 @@ and expert-parallel over the student's MoE block; inline it is a call in this pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
@@ -35,6 +35,7 @@ class Stage(StageBase[DistillConfig]):
 
     output: ClassVar[str] = "student"
     gang: ClassVar[bool] = True
+    modules: ClassVar[Sequence[str]] = ("workers.distill_job", "deepspeed", "torch._dynamo")
     inputs: ClassVar[Mapping[str, Port]] = {
         "data": Port("data", doc="the prepared data set"),
         "groups": Port("groups", doc="who owns which domains"),

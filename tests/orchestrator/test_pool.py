@@ -39,3 +39,17 @@ def test_clear():
     pool.give(Runner("c", {}))
     pool.clear(end=False)
     assert ended == ["a", "b"] and pool.take({}) is None
+
+
+def test_a_gang_is_kept_for_its_own_shape_and_not_for_ever():
+    pool, ended = pool_of(("a", {}))
+    pool.give(Runner("g", {"cpus": 2.0}, gang=True))
+    assert pool.take({"cpus": 2.0}) is None
+    assert pool.take({"cpus": 4.0}, gang=True) is None
+    gang = pool.take({"cpus": 2.0}, gang=True)
+    assert gang.actor == "g"
+    pool.give(gang)
+    pool.end_idle_gangs(3600.0)
+    assert ended == []
+    pool.end_idle_gangs(0.0)
+    assert ended == ["g"] and pool.take({}).actor == "a"

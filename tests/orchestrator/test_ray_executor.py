@@ -111,8 +111,10 @@ def test_custom_resources_and_capacity_come_from_the_cluster(executor, store):
 
 
 def test_a_gang_is_a_ray_train_job(executor, store, tmp_path):
-    stages = {"g": {"kind": "gang", "config": {"value": 4}, "resources": {"workers": 2, "cpus": 0.5}}}
-    here, _ = go(pipeline(stages), Store.open(tmp_path / "inline"))
-    there, _ = go(pipeline(stages), store, executor)
+    stages = {"g": {"kind": "gang", "config": {"value": 4}, "resources": {"workers": 2, "cpus": 2}}}
+    here, _ = go(pipeline(stages, seeds=(0, 1)), Store.open(tmp_path / "inline"))
+    there, run = go(pipeline(stages, seeds=(0, 1)), store, executor)
     assert there.status == "finished" and there.artifacts == here.artifacts
+    said = [event.data["message"] for event in run.events() if event.kind == "member-log"]
+    assert len(said) == 2 and len(set(said)) == 1, "the ranks stay for the next seed"
     assert list((store.folder / "scratch").iterdir()) == []

@@ -28,12 +28,16 @@ class FakeExecutor:
         self.order = order
         self.killed = []
         self.closed = False
+        self.expected = []
 
     def attach(self, stop):
         self.stop = stop
 
     def capacity(self):
         return self._capacity
+
+    def expect(self, resources, modules):
+        self.expected.append(resources.workers)
 
     def slots(self):
         return None
@@ -287,3 +291,13 @@ def test_a_fan_out_of_500_empty_members_inline_is_quick_and_flat(store):
     outcome, _ = go(pipeline(stages), store)
     assert outcome.status == "finished" and time.process_time() - start < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40 * 1024
+
+
+def test_a_gang_is_announced_when_the_last_of_what_it_waits_for_has_started(store):
+    stages = {
+        "numbers": {"kind": "numbers", "config": {"count": 2}},
+        "g": {"kind": "gang", "resources": {"workers": 2}, "inputs": {"start": "${stages.numbers}"}},
+    }
+    executor = FakeExecutor()
+    outcome, _ = go(pipeline(stages), store, executor)
+    assert outcome.status == "finished" and executor.expected == [2]

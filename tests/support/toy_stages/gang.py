@@ -6,11 +6,11 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
-from orchestrator.stages.base import Member, StageBase, StageConfig
+from orchestrator.stages.base import Member, Port, StageBase, StageConfig
 from tests.support.toy_stages._files import save, write_value
 from workers.context import Context
 
@@ -24,6 +24,7 @@ class GangConfig(StageConfig):
 def job(config: dict[str, Any]) -> None:
     """The function of every rank."""
     if int(os.environ.get("RANK", "0")) == 0:
+        config["reporter"].log(f"rank 0 is process {os.getpid()}")
         save(Path(config["path"]), {"value": config["value"] + 1})
 
 
@@ -32,6 +33,7 @@ class Stage(StageBase[GangConfig]):
 
     output = "number"
     gang = True
+    inputs: ClassVar[Mapping[str, Port]] = {"start": Port("number", many=True, optional=True, doc="What it waits for.")}
     Config = GangConfig
 
     def run(self, config: GangConfig, member: Member, context: Context) -> Mapping[str, Any]:
