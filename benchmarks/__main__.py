@@ -1,6 +1,6 @@
 """``python -m benchmarks [NAME ...] [--quick]``: the table of speed ratios, each measured within one run.
 
-Names: ``meta_step``, ``aggregator``, ``evaluation``, ``expert_stage``; all by default. ``--quick`` uses tiny models and
+Names: see ``NAMES``; all by default. ``--quick`` uses tiny models and
 only shows that everything runs.
 """
 
@@ -14,7 +14,18 @@ import sys
 from benchmarks.measure import Row
 from benchmarks.setting import Sizes
 
-NAMES = ("meta_step", "aggregator", "evaluation", "expert_stage")
+NAMES = (
+    "meta_step",
+    "aggregator",
+    "evaluation",
+    "expert_stage",
+    "moe_layer",
+    "emoe",
+    "sphero",
+    "nac",
+    "recycle",
+    "teaching_pairs",
+)
 
 
 def main() -> int:

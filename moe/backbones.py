@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moe.errors import CheckpointError, SpecError
 from moe.layers.block import MoEBlock
+from moe.models.mnist_cnn import MnistCNN
 from moe.specs import TORCHVISION_CHILDREN, BackboneSpec, StudentMoESpec
 from moe.student import Layout, Student, StudentOutput, set_submodule, student_key, student_view
 from moe.tiny import DEFAULT_WIDTH, TinyCNN
@@ -88,6 +89,8 @@ def layout_of(spec: BackboneSpec, model: nn.Module) -> Layout:
     name = spec.name.removeprefix("torchvision:")
     if name == "tiny_cnn" or name in TORCHVISION_CHILDREN:
         return Layout("children", "fc")
+    if name == "mnist_cnn":
+        return Layout("whole", "head")
     if spec.name.startswith("torchvision:"):
         return Layout("features", "classifier", spec.last_relu)
     if name == "mobilenet_v2_sort":
@@ -182,6 +185,8 @@ def _key_map(
 def _network(spec: BackboneSpec, num_outputs: int) -> nn.Module:
     if spec.name == "tiny_cnn":
         return TinyCNN(spec.channels, num_outputs, spec.width or DEFAULT_WIDTH)
+    if spec.name == "mnist_cnn":
+        return MnistCNN(spec.channels, num_outputs)
     if spec.name == "vit_small_focus" or spec.name.startswith("timm:"):
         return _timm(spec, num_outputs)
     import torchvision
@@ -202,10 +207,19 @@ def _timm(spec: BackboneSpec, num_outputs: int) -> nn.Module:
         raise SpecError(
             f"timm has no model named {name!r}.", f"Similar: {', '.join(near)}." if near else "See timm.list_models()."
         )
+    if spec.gmoe is not None:
+        from moe.models.vit import gmoe_vit
+
+        sparse: nn.Module = gmoe_vit(name, max(1, num_outputs), spec.gmoe, spec.channels, spec.image_size)
+        return sparse
     arguments: dict[str, object] = {"num_classes": max(1, num_outputs), "in_chans": spec.channels}
     if spec.image_size is not None and _takes_image_size(name):
         arguments["img_size"] = spec.image_size
     model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
+    if spec.first_block is not None:
+        from moe.models.vit_tail import VitTail
+
+        return VitTail(model, spec.first_block)
     return model
 
 

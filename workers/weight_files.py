@@ -25,7 +25,7 @@ _LEGACY_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 def read_state(path: Path) -> dict[str, Tensor]:
     """Tensors of a ``.safetensors`` file or of a ``torch.save`` file (opened with ``weights_only=True``).
 
-    A ``state_dict`` or ``model`` entry around the tensors is unwrapped.
+    A ``state_dict``, ``model`` or ``model_dict`` entry around the tensors is unwrapped.
 
     Raises:
         NotFoundError: no such file.
@@ -48,7 +48,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} cannot be read ({type(error).__name__}: {error}).", "Is it truncated? Copy it again."
         ) from error
-    for wrapper in ("state_dict", "model"):
+    for wrapper in ("state_dict", "model", "model_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):

@@ -43,18 +43,47 @@ def load_pretrained(spec: BackboneSpec, module: nn.Module, data_root: Path | Non
         return
     if isinstance(spec.pretrained, str):
         path = Path(spec.pretrained).expanduser()
-        apply_state(module, read_state(path), str(path))
+        _fit(spec, module, read_state(path), str(path))
     elif spec.name == "vit_small_focus":
         from workers.onnx_weights import vit_small_state
 
         path = require(spec.name, data_root)
-        apply_state(module, vit_small_state(path, _position_side(module, spec) * PATCH), str(path))
+        if spec.first_block is None:
+            _fit(spec, module, vit_small_state(path, _position_side(module, spec) * PATCH), str(path))
+        else:
+            from moe.models.vit_tail import tail_state
+
+            _fit(spec, module, tail_state(vit_small_state(path, PATCH), spec.first_block), str(path))
     elif spec.name == "mobilenet_v2_sort":
         path = require(spec.name, data_root)
         apply_state(module, sort_state(path), str(path))
     else:
         path = _cached_file(spec)
-        apply_state(module, read_state(path), str(path))
+        _fit(spec, module, read_state(path), str(path))
+
+
+def _fit(spec: BackboneSpec, module: nn.Module, state: dict[str, Tensor], origin: str) -> None:
+    """Put ``state`` into ``module``; a sparse transformer takes its own weights, GMoE's official ones or dense ones.
+
+    Raises:
+        CheckpointError: a tensor is missing, extra or of another shape.
+    """
+    if spec.gmoe is None:
+        apply_state(module, state, origin)
+        return
+    from timm.models.vision_transformer import VisionTransformer
+
+    from moe.conversion.upcycle import load_upcycled
+    from moe.keymaps.gmoe import from_official
+
+    try:
+        state = from_official(state)
+        if any(".mlp.experts." in name for name in state) or not isinstance(module, VisionTransformer):
+            apply_state(module, state, origin)
+        else:
+            load_upcycled(module, state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{origin}: {error.message}", error.hint) from None
 
 
 def sort_state(path: Path, sha256: str | None = SORT_SHA256) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ preset and drive the parts. Importing an algorithm does not import torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -64,6 +64,35 @@ class Group(NamedTuple):
 
 
 C = TypeVar("C", bound=Settings)
+R = TypeVar("R")
+
+
+class WeightAverage(ABC):
+    """Weights averaged along training, which are evaluated and kept in place of the last ones.
+
+    It has no loop: whoever trains calls :meth:`update` after every update, :meth:`observe` after every evaluation on
+    validation rows, and evaluates :meth:`average`. Weights are the tensors of a module's state dict by name.
+    """
+
+    @abstractmethod
+    def update(self, weights: Mapping[str, Tensor], step: int) -> None:
+        """Take in the weights after update ``step`` (from 0)."""
+
+    def observe(self, loss: float) -> bool:
+        """Take in the validation loss after the latest update; True when further training cannot change the average."""
+        return False
+
+    @abstractmethod
+    def average(self) -> dict[str, Tensor]:
+        """The averaged weights (SpecError before the first update)."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs; tensors, numbers, lists and dicts."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
 
 
 class Algorithm(ABC, Generic[C]):
@@ -105,6 +134,31 @@ class Algorithm(ABC, Generic[C]):
     @abstractmethod
     def loss(self, module: nn.Module, batch: Any) -> Losses:
         """Losses of one batch."""
+
+    def loss_at(self, module: nn.Module, batch: Any, step: int) -> Losses:
+        """Losses of one batch in update ``step`` (from 0), for those that change while training; else :meth:`loss`."""
+        return self.loss(module, batch)
+
+    def update(self, module: nn.Module, batch: Any, take_step: Callable[[Any], R]) -> R:
+        """Make one update out of engine steps; by default one step on the whole batch.
+
+        Args:
+            module: what is trained; an algorithm may move its weights in place before and after the steps.
+            batch: everything that one update sees.
+            take_step: the engine's step on (a part of) the batch: loss, gradient, clipping, optimiser.
+
+        Returns:
+            What the last engine step returned.
+        """
+        return take_step(batch)
+
+    def restarts_optimizer(self, step: int) -> bool:
+        """Whether the optimiser's moments are dropped before update ``step`` (from 0)."""
+        return False
+
+    def averaging(self) -> WeightAverage | None:
+        """A new weight average, or None when the trained weights themselves are kept."""
+        return None
 
     @abstractmethod
     def param_groups(self, module: nn.Module) -> list[Group]:

@@ -7,7 +7,7 @@ How the numbers correspond to ``deepspeed.moe.layer.MoE`` (with ``drop_tokens=Fa
 top2_2nd_expert_sampling=False, use_residual=False`` and the LayerNorm and residual of this block around it):
 
 - ``k=1``: ``y = p_top * expert(x)`` with the plain softmax probability; ``k>=2``: probabilities renormalised over the
-  chosen experts. Gate in float32. Balance losses are equal for every k (``moe.layers.router.balance_loss``).
+  chosen experts. Gate in float32. Balance losses are equal for every k (``moe.layers.balance.balance_loss``).
 - ``gate.weight`` is DeepSpeed's ``deepspeed_moe.gate.wg.weight``; expert e here is ``deepspeed_moe.experts.
   deepspeed_experts.<e - first>`` on the rank whose experts begin at ``first``: :func:`deepspeed_names`.
 
@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from moe.errors import SpecError
 from moe.layers.dispatch import combine, dispatch
 from moe.layers.experts import Kernel, LocalExperts
-from moe.layers.router import Gate, capacity, route
+from moe.layers.gates import LinearGate
+from moe.layers.router import route
+from moe.layers.seating import capacity
 from moe.specs import StudentMoESpec
 
 
@@ -62,7 +64,7 @@ class MoEBlock(nn.Module):
         super().__init__()
         self.spec = spec
         self.norm = nn.LayerNorm(dim)
-        self.gate = Gate(dim, spec.num_experts)
+        self.gate = LinearGate(dim, spec.num_experts)
         self.experts = experts or LocalExperts(dim, hidden_width(dim, spec), spec.num_experts, kernel)
 
     def forward(self, z_ND: Tensor) -> MoEOutput:

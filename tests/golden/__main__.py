@@ -1,4 +1,7 @@
-"""Command line of the replayer: one line per failed tensor, then ``N passed, N failed``; exit code 1 on any failure."""
+"""Command line of the replayer: one line per failed tensor, then ``N passed, N failed``; exit code 1 on any failure.
+
+Cases whose data is not on this machine are named and counted as skipped, never as passed.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         state = "holds no case.json" if folder.is_dir() else "is not a folder"
         print(f"{folder} {state}. Give a folder with golden cases.", file=sys.stderr)
     adapters = load_adapters()
-    passed = failed = 0
+    passed = failed = skipped = 0
     for case in discover(options.folders):
         outcome = replay(case, adapters)
-        passed, failed = passed + outcome.passed, failed + (not outcome.passed)
+        passed, skipped = passed + outcome.passed, skipped + bool(outcome.skipped)
+        failed += bool(outcome.complaints)
+        if outcome.skipped:
+            print(f"{case}: skipped: {outcome.skipped}")
         for complaint in outcome.complaints:
             print(f"{case}: {complaint}")
         if outcome.passed and options.verbose:
             print(f"{case}: passed")
-    print(f"{passed} passed, {failed} failed")
+    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
     return 1 if failed or empty else 0
 
 

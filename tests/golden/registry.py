@@ -8,13 +8,19 @@ to the project's own public functions and holds no mathematics. Adapter modules 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 Adapter = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
+Check = Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], Iterable[str]]
 
 ADAPTERS: dict[str, Adapter] = {}
+CHECKS: dict[str, Check] = {}
+
+
+class Skip(Exception):
+    """A case that cannot run here, because it needs data that this machine does not have; the text says which."""
 
 
 def op(name: str) -> Callable[[Adapter], Adapter]:
@@ -32,6 +38,22 @@ def op(name: str) -> Callable[[Adapter], Adapter]:
             raise ValueError(f"Operation {name!r} has two adapters: {ADAPTERS[name].__module__}, {adapter.__module__}.")
         ADAPTERS[name] = adapter
         return adapter
+
+    return register
+
+
+def check(name: str) -> Callable[[Check], Check]:
+    """Register the decorated function as the comparison of operation ``name``, where the contract has rules of its own.
+
+    It receives ``case.json``, all stored tensors and the adapter's outputs, and yields one complaint a line. Without
+    one, results are compared element by element. Only for contracts under which several answers are right.
+    """
+
+    def register(function: Check) -> Check:
+        if name in CHECKS:
+            raise ValueError(f"Operation {name!r} has two checks: {CHECKS[name].__module__}, {function.__module__}.")
+        CHECKS[name] = function
+        return function
 
     return register
 

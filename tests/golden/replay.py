@@ -3,7 +3,8 @@
 A case is a folder with ``case.json`` (``op``, ``params``, ``rtol``, ``atol``; optional ``tensor_tolerances``,
 ``expected`` or ``expect``) and ``tensors.safetensors`` (may be absent for table-like operations). A result ``a`` passes
 against the stored ``b`` when ``|a - b| <= atol + rtol * |b|`` element-wise; integers and texts must be equal. Missing
-and additional outputs fail, and so do a wrong shape, an operation without adapter and an adapter that raises.
+and additional outputs fail, and so do a wrong shape, an operation without adapter and an adapter that raises. An
+operation may bring a comparison of its own (``registry.check``), and a case may need data that is not here (``Skip``).
 """
 
 from __future__ import annotations
@@ -19,22 +20,23 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from tests.golden.registry import Adapter
+from tests.golden.registry import CHECKS, Adapter, Skip
 
 JSON_KEYS = ("expected", "expect")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one case: no complaint means that it passed."""
+    """What became of one case: no complaint means that it passed, unless it was skipped for the reason given."""
 
     folder: Path
     op: str
     complaints: list[str] = field(default_factory=list)
+    skipped: str = ""
 
     @property
     def passed(self) -> bool:
-        return not self.complaints
+        return not self.complaints and not self.skipped
 
 
 def discover(folders: Iterable[Path]) -> list[Path]:
@@ -60,7 +62,9 @@ def replay(folder: Path, adapters: Mapping[str, Adapter]) -> Outcome:
         hidden = {key: value for key, value in case.items() if key not in JSON_KEYS}
         torch.manual_seed(0)
         outputs = adapters[name](hidden, given)
-        return Outcome(folder, name, list(compare(case, tensors, outputs)))
+        return Outcome(folder, name, list(CHECKS.get(name, compare)(case, tensors, outputs)))
+    except Skip as reason:
+        return Outcome(folder, name, skipped=str(reason))
     except Exception as error:  # a crash is a failed case, whatever its kind
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = " ".join(str(error).split())

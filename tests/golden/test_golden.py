@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.golden.__main__ import main
-from tests.golden.registry import ADAPTERS, load_adapters, op
+from tests.golden.registry import ADAPTERS, CHECKS, Skip, load_adapters, op
 from tests.golden.replay import compare_tensor, discover, replay
 
 CASES = Path(__file__).parent / "cases"
@@ -19,6 +19,8 @@ load_adapters()
 @pytest.mark.parametrize("folder", discover([CASES]), ids=lambda f: f.relative_to(CASES).as_posix())
 def test_case(folder):
     outcome = replay(folder, ADAPTERS)
+    if outcome.skipped:
+        pytest.skip(outcome.skipped)
     assert outcome.passed, "\n".join(outcome.complaints)
 
 
@@ -84,6 +86,21 @@ def test_a_crash_is_a_failed_case(case, tmp_path, capsys):
     (case / "tensors.safetensors").unlink()
     assert main([str(tmp_path)]) == 1
     assert "KeyError" in capsys.readouterr().out
+
+
+def test_a_case_without_its_data_is_skipped_not_passed(case, tmp_path, capsys, monkeypatch):
+    def absent(case, tensors):
+        raise Skip("no such package")
+
+    monkeypatch.setitem(ADAPTERS, "meta_dmoe.transform", absent)
+    assert main([str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("skipped: no such package") and lines[1] == "0 passed, 0 failed, 1 skipped"
+
+
+def test_a_comparison_of_its_own_replaces_the_common_one(case, monkeypatch):
+    monkeypatch.setitem(CHECKS, "meta_dmoe.transform", lambda case, tensors, outputs: ["not like this"])
+    assert replay(case, ADAPTERS).complaints == ["not like this"]
 
 
 def test_a_folder_without_cases_is_an_error(case, tmp_path, capsys):

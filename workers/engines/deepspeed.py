@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from moe.errors import CheckpointError, EnvironmentProblem, SpecError
 from moe.layers.block import MoEBlock, MoEOutput, deepspeed_names, hidden_width
 from moe.layers.experts import Expert
+from moe.layers.layer import LayerRecord, MoELayer
 from workers.engines.base import (
     EngineState,
     LossFunction,
@@ -43,9 +44,11 @@ from workers.engines.base import (
 )
 from workers.engines.layout import Layout
 from workers.engines.moments import Moments
+from workers.engines.parallel_layer import RoutedGate, layer_names, share_of
 from workers.engines.torch import load_strict, reduce_values, set_rates
 
 ZeroStage = Literal[0, 1, 2]
+Parallel = TypeVar("Parallel", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,57 @@ class ParallelMoEBlock(nn.Module):
         return MoEOutput(z_ND + y_ND, balance, counts_E)
 
 
+class ParallelMoELayer(MoELayer):
+    """DeepSpeed's MoE layer behind :class:`moe.layers.layer.MoELayer`: the same numbers, experts over ranks.
+
+    DeepSpeed sends the tokens; gate, routing rule and kernels are ours (``workers.engines.parallel_layer``). Dropout of
+    hidden units is drawn by each rank for the rows that it computes, so it has other draws than the plain layer.
+
+    Args:
+        layer: the plain layer whose weights are taken over.
+        ep_size: ranks that share the experts.
+        ep_rank: this rank's place among them.
+    """
+
+    def __init__(self, layer: MoELayer, ep_size: int, ep_rank: int) -> None:
+        nn.Module.__init__(self)
+        from deepspeed.moe.layer import MoE
+
+        self.dim, self.num_experts, self.spec = layer.dim, layer.num_experts, layer.spec
+        self.last: LayerRecord | None = None
+        self.names = layer_names(layer)
+        share = share_of(layer, ep_size, ep_rank)
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.layer = MoE(layer.dim, nn.Identity(), layer.num_experts, ep_size)
+        for parameter in share.parameters():  # DeepSpeed's marks of a parameter that its group does not share
+            parameter.allreduce, parameter.group_name = False, self.layer.expert_group_name  # type: ignore[attr-defined]
+        self.layer.deepspeed_moe.gate, self.layer.deepspeed_moe.experts = RoutedGate(layer), share
+        self.train(layer.training)
+
+    def forward_with_record(
+        self,
+        x: Tensor,
+        noise: Tensor | None = None,
+        dropout_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, LayerRecord]:
+        """See :class:`MoELayer`. Collective among the ranks that share the experts; their N may differ.
+
+        Raises:
+            SpecError: the last axis is not D, or dropout factors or a generator were given.
+        """
+        if x.shape[-1] != self.dim:
+            raise SpecError(f"The layer expects tokens of width {self.dim}; got shape {tuple(x.shape)}.")
+        if dropout_mask is not None or generator is not None:
+            raise SpecError("An expert-parallel layer draws for itself.", "Leave out dropout_mask and generator.")
+        y, *_ = self.layer(x, noise)
+        return y, self.layer.deepspeed_moe.gate.last
+
+    def update_gate(self, momentum: float = 0.0, normalize: bool = False, value_norm_weighted: bool = False) -> None:
+        """Not over ranks: no rank has all keys. Raises SpecError."""
+        raise SpecError("The gate of an expert-parallel layer cannot follow its keys.", "Train EMoE with ep_size 1.")
+
+
 class DeepSpeedEngine:
     """See :class:`workers.engines.base.Engine`.
 
@@ -192,9 +246,12 @@ class DeepSpeedEngine:
         self._plain = module.to(self.device)
         names = {parameter: name for name, parameter in module.named_parameters()}
         self.module = copy.deepcopy(self._plain)
-        blocks = _replace_blocks(self.module, zero.ep_size, self.rank % zero.ep_size)
+        ep_rank = self.rank % zero.ep_size
+        blocks = _replace(self.module, MoEBlock, ParallelMoEBlock, zero.ep_size, ep_rank)
+        layers = _replace(self.module, MoELayer, ParallelMoELayer, zero.ep_size, ep_rank)
         experts = {f"{name}.layer": (name, block.spec.num_experts) for name, block in blocks.items()}
-        self._layout = Layout(self.module, list(module.state_dict()), experts, zero.ep_size, self.rank % zero.ep_size)
+        stacked = {f"{name}.layer": (name, layer.names) for name, layer in layers.items()}
+        self._layout = Layout(self.module, list(module.state_dict()), experts, zero.ep_size, ep_rank, stacked)
         self.optimizer = self._build(deepspeed, [(group, [names[p] for p in group.parameters]) for group in groups])
 
     def _build(self, deepspeed: Any, groups: list[tuple[ParamGroup, list[str]]]) -> torch.optim.Optimizer:
@@ -215,7 +272,7 @@ class DeepSpeedEngine:
             )
         stage = self.zero.zero_stage
         self._moments = Moments(optimizer, self._engine.optimizer if stage > 0 else None, deepspeed.utils)
-        self._layout.group = _expert_group(self.zero.ep_size) if self._layout.experts else None
+        self._layout.group = _expert_group(self.zero.ep_size) if self._layout.parallel else None
         return optimizer
 
     def _config(self) -> dict[str, Any]:
@@ -293,7 +350,11 @@ class DeepSpeedEngine:
         load_strict(self._plain, state.module)
         self.module.load_state_dict(self.scatter(state.module))
         names = self._layout.plain_names
-        local = {n: state.optimizer.get(names[n], {}) for n, p in self.module.named_parameters() if p.requires_grad}
+        local = {
+            n: {slot: self._layout.part(n, value) for slot, value in state.optimizer.get(names[n], {}).items()}
+            for n, p in self.module.named_parameters()
+            if p.requires_grad
+        }
         steps = [float(found["step"]) for found in state.optimizer.values() if "step" in found]
         self._moments.write(self.module, local, max(steps, default=0.0))
 
@@ -327,12 +388,14 @@ def _check(zero: DeepSpeedOptions, world_size: int, options: OptimizerOptions) -
         )
 
 
-def _replace_blocks(module: nn.Module, ep_size: int, ep_rank: int) -> dict[str, ParallelMoEBlock]:
-    """Put :class:`ParallelMoEBlock` where the plain blocks are; returns them by name. Raises SpecError (sizes)."""
-    found = {name: child for name, child in module.named_modules() if isinstance(child, MoEBlock)}
-    replaced: dict[str, ParallelMoEBlock] = {}
-    for name, block in found.items():
+def _replace(
+    module: nn.Module, plain: type[nn.Module], parallel: type[Parallel], ep_size: int, ep_rank: int
+) -> dict[str, Parallel]:
+    """Put parallel layers where the plain ones are; returns them by name. Raises SpecError (sizes)."""
+    found = {name: child for name, child in module.named_modules() if type(child) is plain}
+    replaced: dict[str, Parallel] = {}
+    for name, child in found.items():
         parent, _, last = name.rpartition(".")
-        replaced[name] = ParallelMoEBlock(block, ep_size, ep_rank)
+        replaced[name] = parallel(child, ep_size, ep_rank)
         setattr(module.get_submodule(parent), last, replaced[name])
     return replaced

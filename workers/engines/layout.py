@@ -1,7 +1,8 @@
 """Parameter names across expert-parallel ranks: this rank's part of the experts <-> the whole model by plain name.
 
 In the parallel layout expert tensors are numbered locally and every rank of an expert group holds other experts; the
-plain layout numbers them globally (``moe.layers.block``). Everything else has the same name and value on all ranks.
+plain layout numbers them globally (``moe.layers.block``), or stacks them, and then a rank holds a part along the first
+axis (``moe.layers.layer``). Everything else has the same name and value on all ranks.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Layout:
         experts: name of each parallel MoE layer -> (name of its plain block, number of experts).
         ep_size: ranks that share the experts.
         ep_rank: this rank's place among them.
+        stacked: name of each parallel layer with stacked experts -> (name of its plain layer, names inside the one ->
+            names inside the other).
 
     Attributes:
         plain_names: parallel name on this rank -> plain name.
@@ -38,8 +41,9 @@ class Layout:
         experts: Mapping[str, tuple[str, int]],
         ep_size: int,
         ep_rank: int,
+        stacked: Mapping[str, tuple[str, Mapping[str, str]]] | None = None,
     ) -> None:
-        self.experts = dict(experts)
+        self.experts, self.stacked, self._ep_rank = dict(experts), dict(stacked or {}), ep_rank
         self._local, self._order, self._ep_size = list(module.state_dict()), list(order), ep_size
         self._by_rank: list[dict[str, str]] = [self._names(rank) for rank in range(ep_size)]
         self.plain_names = self._by_rank[ep_rank]
@@ -50,15 +54,29 @@ class Layout:
         for layer, (block, num_experts) in self.experts.items():
             names = deepspeed_names(num_experts, ep_rank, self._ep_size)
             renamed |= {f"{layer}.{mine}": f"{block}.{theirs}" for mine, theirs in names.items()}
+        for layer, (plain, inside) in self.stacked.items():
+            renamed |= {f"{layer}.{mine}": f"{plain}.{theirs}" for mine, theirs in inside.items()}
         return {name: renamed.get(name, name) for name in self._local}
+
+    @property
+    def parallel(self) -> bool:
+        """Whether any layer's experts are shared by ranks."""
+        return bool(self.experts or self.stacked)
+
+    def _is_stacked(self, name: str) -> bool:
+        return any(name.startswith(f"{layer}.deepspeed_moe.experts.") for layer in self.stacked)
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parallel name -> tensor of this rank, to plain name -> tensor of the whole model, CPU copies. Collective."""
         whole = {self.plain_names[name]: value.detach().cpu().clone() for name, value in tensors.items()}
         if self._ep_size > 1:
-            for name in [name for name in tensors if ".deepspeed_experts." in name]:
+            shared = [name for name in tensors if ".deepspeed_experts." in name or self._is_stacked(name)]
+            for name in shared:
                 pieces = [torch.empty_like(tensors[name]) for _ in range(self._ep_size)]
                 dist.all_gather(pieces, tensors[name].detach().contiguous(), group=self.group)
+                if self._is_stacked(name):
+                    whole[self.plain_names[name]] = torch.cat(pieces).cpu()
+                    continue
                 for rank, piece in enumerate(pieces):
                     whole[self._by_rank[rank][name]] = piece.cpu()
         return {name: whole[name] for name in self._order if name in whole}
@@ -66,4 +84,8 @@ class Layout:
     def scatter(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Inverse of :meth:`gather` for this rank."""
         present = {mine: plain for mine, plain in self.plain_names.items() if plain in tensors}
-        return {mine: tensors[plain].to(device) for mine, plain in present.items()}
+        return {mine: self.part(mine, tensors[plain]).to(device) for mine, plain in present.items()}
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of a tensor of stacked experts by its name here; anything else, and scalars, as they are."""
+        return whole.chunk(self._ep_size)[self._ep_rank] if self._is_stacked(name) and whole.ndim else whole

@@ -1,0 +1,1 @@
+"""Conversions of dense networks into mixtures of experts, and back."""

@@ -1,0 +1,1 @@
+"""Networks with mixtures of experts inside; importing this package imports nothing heavy."""

@@ -1,0 +1,1 @@
+"""Neural attentive circuits (NAC): layers, circuit, graph priors, regularisers, distillation students, assembly."""

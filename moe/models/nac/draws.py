@@ -1,0 +1,120 @@
+"""Random draws of the circuit, injectable by name.
+
+Everything random in a forward pass (code noise, sampled edges, path drop, seeded states, Gumbel noise) is asked for by
+name from a :class:`Draws`. Without one, or where it holds nothing, values come from its generator or from torch's
+default one, as with ``torch.nn.Dropout``. A run can so be repeated with the very draws of another implementation.
+
+Families: ``uniform`` on [0, 1), ``normal`` with unit variance, ``exponential`` with rate 1 (Gumbel noise is
+``-log e``). Draws are made in float32 or wider, whatever the precision of the activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from moe.errors import SpecError, nearest
+
+
+class Draws:
+    """Where random numbers come from.
+
+    Args:
+        given: draws by name, in the distribution that the user of each name states. With a mapping, every name asked
+            for must be in it; None draws everything.
+        generator: source of what is drawn here; None is torch's default generator.
+        names: how names are translated before they are looked up (see :meth:`at`).
+    """
+
+    def __init__(
+        self,
+        given: Mapping[str, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        self.given = given
+        self.generator = generator
+        self.names = dict(names or {})
+
+    def at(self, **names: str) -> Draws:
+        """The same source under other names: ``at(kernel="prop0.kernel")`` answers ``kernel`` with ``prop0.kernel``."""
+        return Draws(self.given, self.generator, names)
+
+    def name(self, name: str) -> str:
+        """What ``name`` is translated to."""
+        return self.names.get(name, name)
+
+    def uniform(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Numbers in [0, 1) of ``shape`` on the device of ``like``, float32 or wider."""
+        found = self._find(name, shape, like)
+        if found is not None:
+            return found
+        return torch.rand(shape, generator=self.generator, device=like.device, dtype=_wide(like))
+
+    def normal(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Standard normal numbers, as :meth:`uniform`."""
+        found = self._find(name, shape, like)
+        if found is not None:
+            return found
+        return torch.randn(shape, generator=self.generator, device=like.device, dtype=_wide(like))
+
+    def exponential(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Exponential numbers with rate 1, as :meth:`uniform`."""
+        found = self._find(name, shape, like)
+        if found is not None:
+            return found
+        u = torch.rand(shape, generator=self.generator, device=like.device, dtype=_wide(like))
+        tiny = torch.finfo(u.dtype).tiny
+        return -torch.log1p(-u).clamp(max=-tiny)
+
+    def _find(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+        if self.given is None:
+            return None
+        key = self.name(name)
+        if key not in self.given:
+            raise SpecError(f"The injected draws lack {key!r}.", nearest(key, self.given))
+        value = self.given[key]
+        if tuple(value.shape) != tuple(shape):
+            raise SpecError(f"The injected draw {key!r} has shape {tuple(value.shape)}, needed is {tuple(shape)}.")
+        return value.to(device=like.device, dtype=_wide(like))
+
+
+def draws_or_default(draws: Draws | None) -> Draws:
+    """``draws``, or a source on torch's default generator."""
+    return Draws() if draws is None else draws
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    return torch.promote_types(like.dtype, torch.float32)
+
+
+def code_noise(codes: Tensor, scale: float, name: str, draws: Draws) -> Tensor:
+    """Relative uniform noise on codes: ``code + scale * |code| * (2u - 1)``; the noise is constant for autograd.
+
+    A code of exactly 0 stays 0 (the official code raises there: its distribution has no width).
+
+    Args:
+        codes: ``[..., C]``.
+        scale: relative width, 0 makes no draw and returns ``codes``.
+        name: of the uniform draw, of ``codes``' shape.
+        draws: their source.
+    """
+    if scale == 0:
+        return codes
+    u = draws.uniform(name, tuple(codes.shape), codes)
+    return codes + (scale * codes.detach().abs() * (2 * u - 1)).to(codes.dtype)
+
+
+def path_drop(old_BUS: Tensor, residual_BUS: Tensor, rate: float, training: bool, name: str, draws: Draws) -> Tensor:
+    """``old + residual``, where training drops the residual of a whole sample with probability ``rate``.
+
+    Kept residuals are divided by ``1 - rate``. One uniform draw of shape ``[B, 1, 1]``, but in
+    evaluation and at rate 0.
+    """
+    if rate == 0 or not training:
+        return old_BUS + residual_BUS
+    u = draws.uniform(name, (old_BUS.shape[0], 1, 1), old_BUS)
+    keep = torch.floor((1 - rate) + u) / (1 - rate)
+    return old_BUS + residual_BUS * keep.to(residual_BUS.dtype)
