@@ -33,8 +33,10 @@ _SHM_ADVISED = 1e9
 _PROBE_SECONDS = 9.0
 _TORCH_PROBE = (
     "import json, torch; n = torch.cuda.device_count(); "
+    "from moe.layers.kernel_choice import describe_choice; "
     "print(json.dumps({'version': torch.__version__, 'cuda': torch.version.cuda,"
-    " 'gpus': [torch.cuda.get_device_name(i) for i in range(n)]}))"
+    " 'gpus': [torch.cuda.get_device_name(i) for i in range(n)],"
+    " 'kernels': describe_choice('cuda' if n else 'cpu')}))"
 )
 
 Status = Literal["ok", "warning", "failed"]
@@ -277,5 +279,7 @@ def _torch(probe: subprocess.Popen[str]) -> Iterator[Check]:
         return
     seen = json.loads(text.strip().splitlines()[-1])
     yield Check("import torch", "ok", f"{seen['version']}, CUDA {seen['cuda'] or 'not built in'}")
+    for line in seen["kernels"]:
+        yield Check("expert kernels", "ok", line)
     gpus = ", ".join(seen["gpus"]) or "none: everything runs on the CPU"
     yield Check("GPU", "ok", gpus)
