@@ -69,13 +69,13 @@ class Frontier:
                 ready.append(child)
         return ready
 
-    def last_before(self, flying: Container[str], name: str) -> list[str]:
-        """Children of ``name`` all of whose open parents are among ``flying``."""
+    def last_before(self, busy: Container[str], name: str) -> list[str]:
+        """Children of ``name`` all of whose open parents are among ``busy``."""
         nodes = self.graph.nodes
         return [
             child
             for child in self.graph.children[name]
-            if sum(parent in flying for parent in nodes[child].parents) == self._open[child]
+            if sum(parent in busy for parent in nodes[child].parents) == self._open[child]
         ]
 
     @property

@@ -182,6 +182,7 @@ class _Loop:
             elif name not in self.failures:
                 self.rank.arrive(name, inputs)
                 self.ready.append(name)
+                self.announce(name)
         self.ready.sort(key=lambda name: (-self.rank[name], self.order[name]))
 
     def look_up(self, name: str) -> str | None:
@@ -254,11 +255,15 @@ class _Loop:
         self.attempts[name] = self.attempts.get(name, 0) + 1
         place = Place(self.store, self.run, str(self.data_root))
         self.executor.start(make_task(self.graph, node, key, self.inputs[name], self.attempts[name], place))
-        for child in self.frontier.last_before(self.flights, name):
+        self.announce(name)
+        return True
+
+    def announce(self, name: str) -> None:
+        """Tell the executor about gangs that wait for nothing but ``name`` and others that are ready or run."""
+        for child in self.frontier.last_before({*self.flights, *self.ready}, name):
             stage = self.graph.stages[self.graph.nodes[child].stage].stage
             if stage.gang:
                 self.executor.expect(self.graph.nodes[child].resources, stage.modules)
-        return True
 
     # ---- what comes back -------------------------------------------------------------------------------------------
 

@@ -293,11 +293,15 @@ def test_a_fan_out_of_500_empty_members_inline_is_quick_and_flat(store):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40 * 1024
 
 
-def test_a_gang_is_announced_when_the_last_of_what_it_waits_for_has_started(store):
+def test_a_gang_is_announced_when_what_it_waits_for_is_ready_and_when_it_starts(store):
     stages = {
         "numbers": {"kind": "numbers", "config": {"count": 2}},
         "g": {"kind": "gang", "resources": {"workers": 2}, "inputs": {"start": "${stages.numbers}"}},
     }
     executor = FakeExecutor()
     outcome, _ = go(pipeline(stages), store, executor)
-    assert outcome.status == "finished" and executor.expected == [2]
+    assert outcome.status == "finished" and executor.expected == [
+        2,
+        2,
+        2,
+    ]  # the last is ready, one starts, the other too
