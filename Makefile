@@ -39,6 +39,10 @@ install: $(STAMP) ## make .venv with the tested versions (done once, by the othe
 demo: $(STAMP) ## run Meta-DMoE end to end on real data that ships with the packages (minutes on 2 cores)
 	@$(BIN)/moepipe submit $(DEMO)
 
+.PHONY: demo-serve
+demo-serve: $(STAMP) ## after `make demo`: serve its student, adapt it to the held-out source, accuracy before and after
+	@$(BIN)/python -m serve.demo
+
 .PHONY: test
 test: $(STAMP) lint types ## all checks: ruff, format, mypy, import rules, pytest
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

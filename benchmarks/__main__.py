@@ -25,6 +25,7 @@ NAMES = (
     "nac",
     "recycle",
     "teaching_pairs",
+    "serve",
 )
 
 

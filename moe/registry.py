@@ -17,7 +17,7 @@ from types import ModuleType
 
 from moe.errors import SpecError, nearest
 
-_PLUMBING = {"base"}
+_PLUMBING = {"base", "guard", "stream"}  # files beside the entries of a folder that are not entries
 
 
 @dataclass(frozen=True)

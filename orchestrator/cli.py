@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from moe.errors import MoepipeError
-from orchestrator import cli_checkpoint, cli_data, cli_read, cli_run, cli_tools
+from orchestrator import cli_checkpoint, cli_data, cli_read, cli_run, cli_serve, cli_tools
 from orchestrator.cli_options import JSON_KEY
 
 
@@ -67,6 +67,7 @@ def options(
 for panel, commands in {
     "Run": (cli_run.submit, cli_run.plan, cli_run.validate, cli_run.resume, cli_run.cancel),
     "Look": (cli_read.status, cli_read.logs, cli_read.runs, cli_read.show),
+    "Serve": (cli_serve.serve, cli_serve.adapt, cli_serve.predict),
     "Write a pipeline": (cli_tools.init, cli_read.ls, cli_read.explain, cli_read.schema),
     "House-keeping": (cli_tools.doctor, cli_tools.ui, cli_tools.gc, cli_tools.version),
 }.items():

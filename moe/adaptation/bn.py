@@ -9,14 +9,16 @@ fixed, so that a prediction does not depend on the other images of its batch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from moe.adaptation.base import Adaptation, AdaptationConfig, AdaptResult, require_support
+from moe.adaptation.base import Adaptation, AdaptationConfig, AdaptResult, Reset
 from moe.errors import SpecError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from torch import Tensor
 
@@ -34,9 +36,13 @@ class Config(AdaptationConfig):
 
 
 class Method(Adaptation[Config]):
-    """Statistics of all BatchNorm layers of the features, all layers at once."""
+    """Statistics of all BatchNorm layers of the features, all layers at once.
+
+    In a stream each batch moves the state's statistics; ``prior`` is then the weight of what was seen before.
+    """
 
     Config = Config
+    reset: ClassVar[Reset] = "follow"
 
     def adapt(
         self,
@@ -45,13 +51,21 @@ class Method(Adaptation[Config]):
         tokens: Tensor | None = None,
         aggregator: Aggregator | None = None,
         generator: torch.Generator | None = None,
+        memory: Mapping[str, Tensor] | None = None,
     ) -> AdaptResult:
         """See the base class. Raises SpecError for a model without BatchNorm."""
-        require_support(support_images)
-        statistics = estimate(model, support_images, self.config.prior, self.config.batch_size)
+        from moe.adaptation._norm import opening
+
+        statistics, _ = opening(model, support_images, True, (), self.config.prior, self.config.batch_size)
         if not statistics:
             raise SpecError("The model has no BatchNorm statistics to re-estimate.", "Use none, tent or distill.")
         return AdaptResult(model, statistics)
+
+    def unfit(self, model: Student, has_teacher: bool = False) -> str | None:
+        """See the base class."""
+        from moe.adaptation._norm import has_statistics
+
+        return None if has_statistics(model) else "the model has no BatchNorm statistics to re-estimate"
 
 
 def estimate(model: Student, images: Tensor, prior: float = 0.0, batch_size: int = 256) -> dict[str, Tensor]:

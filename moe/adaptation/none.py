@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from moe.adaptation.base import Adaptation, AdaptationConfig, AdaptResult, require_support
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from torch import Tensor
 
@@ -24,6 +26,7 @@ class Method(Adaptation[AdaptationConfig]):
         tokens: Tensor | None = None,
         aggregator: Aggregator | None = None,
         generator: torch.Generator | None = None,
+        memory: Mapping[str, Tensor] | None = None,
     ) -> AdaptResult:
         """See the base class."""
         require_support(support_images)

@@ -8,13 +8,15 @@ support images (``moe.adaptation.bn``) and then fixed, so that predictions do no
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from moe.adaptation.base import Adaptation, AdaptationConfig, AdaptResult, require_support
+from moe.adaptation.base import Adaptation, AdaptationConfig, AdaptResult, Reset
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from torch import Tensor
 
@@ -29,12 +31,17 @@ class Config(AdaptationConfig):
     lr: float = Field(default=1e-3, gt=0, le=1, description="Rate of Adam.")
     batch_size: int = Field(default=64, ge=1, description="Support images per step.")
     statistics: bool = Field(default=True, description="Re-estimate BatchNorm statistics first, where there are any.")
+    chunk: int | None = Field(default=None, ge=1, description="Images per pass that measures; null: all at once.")
 
 
 class Method(Adaptation[Config]):
-    """Entropy minimisation; works for multiclass and binary tasks, with any normalisation layers."""
+    """Entropy minimisation; works for multiclass and binary tasks, with any normalisation layers.
+
+    In a stream the moments of Adam are remembered from batch to batch.
+    """
 
     Config = Config
+    reset: ClassVar[Reset] = "follow"
 
     def adapt(
         self,
@@ -43,34 +50,41 @@ class Method(Adaptation[Config]):
         tokens: Tensor | None = None,
         aggregator: Aggregator | None = None,
         generator: torch.Generator | None = None,
+        memory: Mapping[str, Tensor] | None = None,
     ) -> AdaptResult:
         """See the base class. Raises SpecError for regression and for models without normalisation layers."""
         import torch
 
-        from moe.adaptation.bn import estimate
-        from moe.inner import adapted_parameters
+        from moe.adaptation._norm import descend, opening, predict_in_chunks, recall, remember
         from moe.losses import entropy
 
-        require_support(support_images)
-        config, count = self.config, support_images.shape[0]
+        config = self.config
         generator = generator if generator is not None else torch.Generator().manual_seed(0)
-        fixed = estimate(model, support_images) if config.statistics else {}
-        moved = {n: p.detach().clone().requires_grad_() for n, p in adapted_parameters(model, "norm").items()}
+        fixed, moved = opening(model, support_images, config.statistics)
 
         def loss(images: Tensor) -> Tensor:
             return entropy(self.task, model.run(images, {**fixed, **moved}).logits_BK)
 
-        with torch.no_grad():
-            before = float(loss(support_images))
+        start = predict_in_chunks(model, support_images, {**fixed, **moved}, config.chunk)
+        before = float(entropy(self.task, start))
         optimizer = torch.optim.Adam(moved.values(), lr=config.lr)
-        for _ in range(config.steps):
-            rows = torch.randperm(count, generator=generator, device=generator.device)[: config.batch_size]
-            with torch.enable_grad():
-                value = loss(support_images[rows.to(support_images.device)])
-            gradients = torch.autograd.grad(value, list(moved.values()), allow_unused=True)
-            for parameter, gradient in zip(moved.values(), gradients, strict=True):
-                parameter.grad = gradient
-            optimizer.step()
-        with torch.no_grad():
-            after = float(loss(support_images))
-        return AdaptResult(model, {**fixed, **{n: p.detach() for n, p in moved.items()}}, before, after)
+        recall(optimizer, moved, memory)
+        descend(moved, optimizer, config.steps, loss, support_images, config.batch_size, generator, self._tick)
+        delta = {**fixed, **{n: p.detach() for n, p in moved.items()}}
+        logits = predict_in_chunks(model, support_images, delta, config.chunk)
+        return AdaptResult(
+            model,
+            delta,
+            before,
+            float(entropy(self.task, logits)),
+            steps=config.steps,
+            logits_before=None if fixed else start,
+            logits_after=logits,
+            memory=remember(optimizer, moved),
+        )
+
+    def unfit(self, model: Student, has_teacher: bool = False) -> str | None:
+        """See the base class."""
+        from moe.adaptation._norm import no_entropy
+
+        return no_entropy(model, self.task)

@@ -300,8 +300,5 @@ def test_a_gang_is_announced_when_what_it_waits_for_is_ready_and_when_it_starts(
     }
     executor = FakeExecutor()
     outcome, _ = go(pipeline(stages), store, executor)
-    assert outcome.status == "finished" and executor.expected == [
-        2,
-        2,
-        2,
-    ]  # the last is ready, one starts, the other too
+    # When the last number is ready, and when each of them starts.
+    assert outcome.status == "finished" and executor.expected == [2, 2, 2]

@@ -1,0 +1,86 @@
+"""``deploy``: the documents that put a finished student behind an address.
+
+Nothing is started here. The artifact holds a Ray Serve config that names the model by digest and the app by import
+path, and a manifest that says what will be served, so that what was trained and what is deployed are tied together by
+content. Where the store lies is not part of it: ``MOEPIPE_STORE`` says so on the machine that serves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from orchestrator.serving import IMPORT_PATH, serve_document, to_yaml
+from orchestrator.stages.base import Member, Port, StageBase, StageConfig
+from workers.context import Context
+
+CONFIG_FILE = "serve.yaml"
+MANIFEST_FILE = "deployment.json"
+
+
+class DeployConfig(StageConfig):
+    """How the model will be served."""
+
+    name: str | None = Field(
+        default=None, pattern=r"^[A-Za-z0-9_-]{1,64}$", description="name in the addresses; null: the data set's"
+    )
+    host: str = Field(default="127.0.0.1", description="address of Ray Serve's proxies")
+    port: int = Field(default=8000, ge=1, le=65535, description="port of Ray Serve's proxies")
+    replicas: int = Field(default=1, ge=1, le=256, description="processes that answer predictions")
+    threads: int = Field(default=1, ge=1, le=256, description="compute threads of each process")
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda)$", description="cpu or cuda")
+    gpus: float = Field(default=0.0, ge=0, description="GPUs that each process reserves; fractions are shared")
+    resident_mb: int = Field(default=256, ge=1, description="MB of domain states that each process holds in memory")
+    tokens_file: str | None = Field(
+        default=None, description="path, on the servers, of the file with tenant:token lines"
+    )
+
+
+class Stage(StageBase[DeployConfig]):
+    """Write a Serve config and a manifest for a finished student."""
+
+    output: ClassVar[str] = "deployment"
+    inputs: ClassVar[Mapping[str, Port]] = {
+        "student": Port("student", optional=True, doc="a meta-distilled student; its experts are found by its record"),
+        "model": Port("model", optional=True, doc="any other model, instead of a student"),
+    }
+    Config: ClassVar[type[StageConfig]] = DeployConfig
+
+    def run(self, config: DeployConfig, member: Member, context: Context) -> Mapping[str, Any]:
+        """Write ``serve.yaml`` and ``deployment.json``. Raises SpecError unless exactly one model is wired."""
+        from moe.errors import SpecError
+
+        wired = [*context.inputs.get("student", ()), *context.inputs.get("model", ())]
+        if len(wired) != 1:
+            raise SpecError(f"{len(wired)} models are wired to be deployed.", "Wire either student or model.")
+        served = wired[0]
+        arguments = {
+            "model": served.digest,
+            "name": config.name or str(served.meta["dataset"]),
+            "replicas": config.replicas,
+            "threads": config.threads,
+            "device": config.device,
+            "gpus": config.gpus,
+            "resident_bytes": config.resident_mb * 10**6,
+            "tokens_file": config.tokens_file,
+        }
+        document = serve_document(arguments, config.host, config.port)
+        (context.output / CONFIG_FILE).write_text(to_yaml(document))
+        manifest = {
+            "model": served.digest,
+            "name": arguments["name"],
+            "dataset": served.meta["dataset"],
+            "outputs": served.meta["num_outputs"],
+            "backbone": served.meta["backbone"]["name"],
+            "adapts_by_distillation": "aggregator" in served.meta,
+            "import_path": IMPORT_PATH,
+        }
+        (context.output / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1, sort_keys=True))
+        context.log(
+            f"Start it: moepipe serve {served.digest[:12]}, or on a cluster, with MOEPIPE_STORE set, "
+            f"serve deploy {CONFIG_FILE}"
+        )
+        return manifest

@@ -1,0 +1,1 @@
+"""The HTTP surface: Open Inference Protocol, adaptation API, limits, errors, tokens, metrics."""

@@ -1,0 +1,146 @@
+"""Bodies and headers that are too long, too slow or never end: refused before and while they are read."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+
+from starlette.requests import Request
+
+from serve.http.errors import Json
+from serve.http.limits import Guard, Limits
+from tests.serve.http_support import server_at
+
+SMALL = Limits(max_body_bytes=200_000)
+
+
+def guarded(limits, messages, headers=()):
+    """(status, pieces that were read) of a request whose body is ``messages``: (delay, bytes) pairs."""
+    read, sent = [], []
+
+    async def app(scope, receive, send):
+        body = await Request(scope, receive).body()
+        await Json({"bytes": len(body)})(scope, receive, send)
+
+    async def receive():
+        delay, body = messages[len(read)] if len(read) < len(messages) else (60, b"")
+        read.append(len(body))
+        await asyncio.sleep(delay)
+        return {"type": "http.request", "body": body, "more_body": True}
+
+    async def send(message):
+        sent.append(message)
+
+    guard = Guard(app, limits)
+    scope = {"type": "http", "method": "POST", "path": "/v1/x", "headers": list(headers), "query_string": b""}
+    asyncio.run(guard(scope, receive, send))
+    assert (guard.held, guard.running) == (0, 0)
+    return sent[0]["status"], read
+
+
+def test_a_declared_length_is_refused_before_anything_is_read():
+    assert guarded(SMALL, [(0, b"x")], [(b"content-length", b"200001")]) == (413, [])
+    assert guarded(SMALL, [(0, b"x")], [(b"content-length", b"-1")]) == (400, [])
+    assert guarded(SMALL, [(0, b"x")], [(b"content-length", b"9" * 400)]) == (400, [])
+
+
+def test_an_undeclared_length_is_counted():
+    status, read = guarded(SMALL, [(0, bytes(50_000))] * 100)
+    assert (status, len(read)) == (413, 5)
+
+
+def test_a_pause_and_a_trickle_end_in_time():
+    limits = Limits(idle_seconds=0.1, body_seconds=0.5)
+    begin = time.monotonic()
+    assert guarded(limits, [(0, b"x")])[0] == 408
+    assert time.monotonic() - begin < 1
+    begin = time.monotonic()
+    status, read = guarded(limits, [(0.05, b"x")] * 1000)
+    assert status == 408 and len(read) < 15
+    assert time.monotonic() - begin < 2
+
+
+def test_all_bodies_together_are_bounded():
+    limits = Limits(max_body_bytes=10_000, max_inflight_bytes=15_000)
+    answers = []
+
+    async def app(scope, receive, send):
+        await Request(scope, receive).body()
+        await asyncio.sleep(0.05)
+        await Json({})(scope, receive, send)
+
+    guard = Guard(app, limits)
+
+    async def one():
+        async def receive():
+            await asyncio.sleep(0)
+            return {"type": "http.request", "body": bytes(9000), "more_body": False}
+
+        async def send(message):
+            if message["type"] == "http.response.start":
+                answers.append((message["status"], dict(message["headers"]).get(b"retry-after")))
+
+        await guard({"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}, receive, send)
+
+    async def main():
+        await asyncio.gather(*(one() for _ in range(4)))
+
+    asyncio.run(main())
+    assert sorted(status for status, _ in answers) == [200, 503, 503, 503]
+    assert all(wait is not None for status, wait in answers if status == 503)
+    assert guard.held == 0
+
+
+def test_an_unforeseen_error_is_json_without_a_traceback():
+    async def app(scope, receive, send):
+        raise RuntimeError("secret of /tmp/x")
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def receive():
+        return {"type": "http.request"}
+
+    scope = {"type": "http", "method": "GET", "path": "/v1/x", "headers": [], "query_string": b""}
+    asyncio.run(Guard(app, Limits())(scope, receive, send))
+    assert sent[0]["status"] == 500
+    assert b"secret" not in sent[1]["body"] and b'"internal"' in sent[1]["body"]
+
+
+# ---- over a socket --------------------------------------------------------------------------------------------------
+
+
+def talk(port, data, pause=0.0, wait=5.0):
+    """Send ``data``, wait, and return everything that comes back until the server closes or ``wait`` is over."""
+    with socket.create_connection(("127.0.0.1", port), timeout=wait) as found:
+        found.sendall(data)
+        time.sleep(pause)
+        received = b""
+        try:
+            while piece := found.recv(65536):
+                received += piece
+        except TimeoutError:
+            received += b"<still open>"
+        return received
+
+
+def test_slow_loris_in_headers_and_body_is_cut_off(tmp_path):
+    limits = Limits(idle_seconds=0.3, body_seconds=1.0)
+    with server_at(tmp_path, limits=limits, header_seconds=0.3) as (port, _):
+        assert b"408" in talk(port, b"GET /v2 HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+        assert b"408" in talk(port, b"")  # a connection that says nothing at all
+        post = b"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+        answer = talk(port, post)
+        assert answer.startswith(b"HTTP/1.1 408") and b"too-slow" in answer
+        kept = talk(port, b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\nGET /v2 HT")  # the second request of a connection
+        assert kept.startswith(b"HTTP/1.1 200") and b"408" in kept
+
+
+def test_an_oversize_body_is_refused_without_being_sent(tmp_path):
+    with server_at(tmp_path) as (port, _):
+        head = b"POST /v1/states/x HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-npy\r\n"
+        answer = talk(port, head + b"Content-Length: 99999999999\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 413") and answer.lower().count(b"connection: close") == 1
