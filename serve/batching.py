@@ -150,7 +150,7 @@ class Batcher:
             self.waiting_rows += piece.rows
             self.waiting_bytes += piece.nbytes
         self._arrival.set()
-        if self._pump is None or self._pump.done():
+        if not self._pumping(loop):
             self._pump = loop.create_task(self._run())
         try:
             outputs = await asyncio.gather(*(piece.future for piece in pieces))
@@ -165,9 +165,13 @@ class Batcher:
         self._closed = True
         while self._queue:
             self._refuse(self._leave(), "stopping", "The server is stopping.")
-        if self._pump is not None:
+        if self._pump is not None and self._pumping(asyncio.get_running_loop()):
             await asyncio.wait([self._pump])
         self._thread.shutdown(wait=False)
+
+    def _pumping(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Whether batches are being taken in ``loop``; one that was left behind in an ended loop does not count."""
+        return self._pump is not None and not self._pump.done() and self._pump.get_loop() is loop
 
     def _admit(self, rows: int, nbytes: int) -> None:
         """Raises Refused (429) when the queue is full; an empty queue takes any request."""

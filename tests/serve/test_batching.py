@@ -197,3 +197,10 @@ def test_images_of_different_sizes_never_meet_in_a_batch():
         await batcher.close()
 
     asyncio.run(main())
+
+
+def test_a_batcher_outlives_the_loop_it_was_used_in():
+    batcher = Batcher(sums)
+    for value in (3, 4):
+        assert float(asyncio.run(batcher.submit(rows(value), [None]))) == value
+    asyncio.run(asyncio.wait_for(batcher.close(), 5))
