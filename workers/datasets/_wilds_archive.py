@@ -57,6 +57,10 @@ def take_in(archive: Path, root: Path, layout: Layout) -> Path:
     return target
 
 
+# Python before 3.11.4 has no extraction filters; there, links are refused as well.
+_FILTERS = hasattr(tarfile, "data_filter")
+
+
 def _unpack(archive: Path, folder: Path) -> None:
     """Unpack; members with absolute paths, parent references, links outside or devices are refused."""
     try:
@@ -68,10 +72,17 @@ def _unpack(archive: Path, folder: Path) -> None:
                 packed.extractall(folder)
         else:
             with tarfile.open(archive) as packed_tar:
-                packed_tar.extractall(folder, filter="data")
-    except tarfile.FilterError as error:
-        raise DataError(f"{archive}: has an unsafe member ({error}); nothing was imported.") from error
+                if _FILTERS:
+                    packed_tar.extractall(folder, filter="data")
+                else:
+                    for member in packed_tar:
+                        inside = (folder / member.name).resolve().is_relative_to(folder.resolve())
+                        if not inside or not (member.isreg() or member.isdir()):
+                            raise DataError(f"{archive}: has an unsafe member ({member.name}); nothing was imported.")
+                    packed_tar.extractall(folder)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        if _FILTERS and isinstance(error, tarfile.FilterError):
+            raise DataError(f"{archive}: has an unsafe member ({error}); nothing was imported.") from error
         raise DataError(
             f"{archive}: cannot be unpacked ({type(error).__name__}: {error}).",
             "It is probably truncated: compare its size with the official one and fetch it again.",
