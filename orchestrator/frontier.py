@@ -69,14 +69,9 @@ class Frontier:
                 ready.append(child)
         return ready
 
-    def last_before(self, busy: Container[str], name: str) -> list[str]:
-        """Children of ``name`` all of whose open parents are among ``busy``."""
-        nodes = self.graph.nodes
-        return [
-            child
-            for child in self.graph.children[name]
-            if sum(parent in busy for parent in nodes[child].parents) == self._open[child]
-        ]
+    def waits_only_for(self, busy: Container[str], name: str) -> bool:
+        """Whether all open parents of ``name`` are among ``busy``."""
+        return sum(parent in busy for parent in self.graph.nodes[name].parents) == self._open[name]
 
     @property
     def settled(self) -> int:

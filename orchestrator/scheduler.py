@@ -260,10 +260,15 @@ class _Loop:
 
     def announce(self, name: str) -> None:
         """Tell the executor about gangs that wait for nothing but ``name`` and others that are ready or run."""
-        for child in self.frontier.last_before({*self.flights, *self.ready}, name):
-            stage = self.graph.stages[self.graph.nodes[child].stage].stage
-            if stage.gang:
-                self.executor.expect(self.graph.nodes[child].resources, stage.modules)
+        nodes, stages = self.graph.nodes, self.graph.stages
+        # Few nodes are gangs; only for those is it worth looking at everything that is ready.
+        gangs = [child for child in self.graph.children[name] if stages[nodes[child].stage].stage.gang]
+        if not gangs:
+            return
+        busy = {*self.flights, *self.ready}
+        for child in gangs:
+            if self.frontier.waits_only_for(busy, child):
+                self.executor.expect(nodes[child].resources, stages[nodes[child].stage].stage.modules)
 
     # ---- what comes back -------------------------------------------------------------------------------------------
 

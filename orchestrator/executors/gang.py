@@ -57,7 +57,7 @@ class Desk:
         return members[number] if number < len(members) else None
 
     def done(self, gang: str, number: int, rank: int) -> None:
-        """``rank`` has finished member ``number``; what all have finished is forgotten but for its count."""
+        """``rank`` has finished member ``number``."""
         if gang in self._done:
             self._done[gang][number].add(rank)
 

@@ -52,7 +52,7 @@ class RayExecutor:
         address: None: an embedded Ray, or the one that this process is connected to already. Otherwise ``auto``,
             ``host:port`` or ``ray://host:port``; the cluster must have moepipe installed and see the store's folder.
         num_cpus: cores of the embedded Ray; default all that this process may use.
-        preload: modules that the actors of an embedded Ray import ahead, while Ray and the first member start.
+        preload: modules that actors import ahead; an embedded Ray starts a few of them with itself.
         restarts: how often the embedded Ray is started again after it died.
     """
 
@@ -203,7 +203,7 @@ class RayExecutor:
         import ray
 
         holds = {name: amount * resources.workers for name, amount in rank_demand(resources).items()}
-        runner = Runner(self._new_actor({}), holds, gang=True)
+        runner = Runner(self._new_actor({}, preload=()), holds, gang=True)
         folder = Path(ray._private.worker._global_node.get_session_dir_path()) / "train"
         runner.actor.gather.remote(resources, folder, self._sink, modules)
         self._pool.give(runner)
@@ -213,7 +213,8 @@ class RayExecutor:
         counted_here = ("cpus", "memory_gb") if self._processes else ()
         return {name: amount for name, amount in demand.items() if name not in counted_here}
 
-    def _new_actor(self, holds: Mapping[str, float]) -> Any:
+    def _new_actor(self, holds: Mapping[str, float], preload: Sequence[str] | None = None) -> Any:
+        """An actor that holds ``holds`` and first imports ``preload`` (None: the executor's own)."""
         from orchestrator.executors.ray_actors import RemoteRunner
 
         paths = [os.path.abspath(path or os.curdir) for path in sys.path] if self._address is None else []
@@ -224,7 +225,7 @@ class RayExecutor:
         }
         if "memory_gb" in holds:
             options["memory"] = int(holds["memory_gb"] * 1e9)
-        return RemoteRunner.options(**options).remote(paths, self._preload)  # type: ignore[attr-defined]
+        return RemoteRunner.options(**options).remote(paths, self._preload if preload is None else preload)  # type: ignore[attr-defined]
 
     def _end_actor(self, runner: Runner) -> None:
         import ray
