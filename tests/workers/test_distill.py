@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +11,7 @@ import torch
 
 from moe.adaptation.distill import Config, Method
 from moe.errors import CheckpointError, DataError, Interrupted, NotFoundError, SpecError
+from tests.support.ranks import pair_environments, run_together
 from tests.workers.test_loop import Recorder
 from tests.workers.toy import distill_job, toy_data
 from workers.batches import ImageReader
@@ -27,7 +24,6 @@ from workers.modelfile import load_aggregator, load_student, load_tensors
 from workers.protocols import domain_rows
 from workers.transforms import transform_for
 
-ROOT = Path(__file__).parents[2]
 MOE = {"num_experts": 4, "top_k": 2}
 
 
@@ -99,29 +95,7 @@ def test_two_ranks_give_the_numbers_of_one_and_state_moves_between_engines(folde
         {**distill_job(folder, "handover", engine="deepspeed", ep_size=2, zero_stage=2, moe=MOE), "stop_after": 1},
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.workers.distill_pair", str(folder / "jobs.json")]
-    running = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        outputs = [process.communicate(timeout=200)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    for process, output in zip(running, outputs, strict=True):
-        assert process.returncode == 0, output[-3000:]
+    run_together("tests.workers.distill_pair", folder / "jobs.json", pair_environments(), timeout=200)
     pair = json.loads((folder / "pair.json").read_text())
     alone = go(distill_job(folder, "torch1", tasks_per_step=3))
     assert pair[0]["losses"] == pytest.approx(alone.losses(), rel=1e-5)

@@ -3,49 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from moe.errors import CheckpointError, EnvironmentProblem, SpecError
+from tests.support.ranks import pair_environments, run_together
 from workers.engines import deepspeed as engine_module
 from workers.engines.base import EngineState, OptimizerOptions, ParamGroup, build_optimizer, weighted
 from workers.engines.torch import TorchEngine
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, dict[str, dict]]:
     """One process alone and one pair, started together, each running all its cases."""
     folder = tmp_path_factory.mktemp("engines")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    base = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    base |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     # A compiler that does not exist: nothing may be compiled.
-    base |= {"CXX": "/nonexistent", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
-    pair = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environments = [base, *({**base, **pair, "RANK": str(r), "LOCAL_RANK": str(r)} for r in (0, 1))]
-    command = [sys.executable, "-m", "tests.workers.engine_cases", str(folder)]
-    running = [
-        subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for env in environments
-    ]
-    try:
-        outputs = [process.communicate(timeout=280)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    for process, output in zip(running, outputs, strict=True):
-        assert process.returncode == 0, output[-3000:]
+    forbidden = {"CXX": "/nonexistent", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+    run_together("tests.workers.engine_cases", folder, [{}, *pair_environments()], timeout=280, **forbidden)
     assert not list(folder.glob("extensions/**/*.so"))
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in ("single-0", "pair-0", "pair-1")}
 

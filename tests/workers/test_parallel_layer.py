@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +10,9 @@ import torch
 from moe.errors import SpecError
 from moe.layers.layer import MoELayer
 from moe.specs import RouterSpec
+from tests.support.ranks import pair_environments, run_together
 from workers.engines.parallel_layer import layer_names, share_of
 
-ROOT = Path(__file__).parents[2]
 RULES = ("linear k1", "linear k2", "gmoe", "capacity k2")
 
 
@@ -26,25 +21,7 @@ def results(tmp_path_factory):
     """One process alone and one pair, started together."""
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("parallel")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    base = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    base |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    pair = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environments = [base, *({**base, **pair, "RANK": str(r), "LOCAL_RANK": str(r)} for r in (0, 1))]
-    command = [sys.executable, "-m", "tests.workers.parallel_layer_cases", str(folder)]
-    running = [
-        subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for env in environments
-    ]
-    try:
-        outputs = [process.communicate(timeout=200)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    for process, output in zip(running, outputs, strict=True):
-        assert process.returncode == 0, output[-3000:]
+    run_together("tests.workers.parallel_layer_cases", folder, [{}, *pair_environments()], timeout=200)
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")}
 
 
