@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moe.models.nac.presets import circuit_preset
 from moe.models.vit_specs import named_vit, named_vmoe
 
 Fields = dict[str, Any]
@@ -58,11 +59,9 @@ VMOE: Fields = {
 
 _TINY, _IMAGENET = "tiny_imagenet", "imagenet1k"
 _SIZES: dict[str, Fields] = {
-    _TINY: {"state": 384, "heads": 6, "ffn": 2.0, "inputs": 64, "mediators": 256, "grid": 8, "classes": 200},
-    _IMAGENET: {"state": 512, "heads": 8, "ffn": 1.0, "inputs": 192, "mediators": 768, "grid": 28, "classes": 1000},
+    _TINY: {"state": 384, "heads": 6, "ffn": 2.0},
+    _IMAGENET: {"state": 512, "heads": 8, "ffn": 1.0},
 }
-_CLUSTERS = {_TINY: (8, 32), _IMAGENET: (12, 64)}
-_LINKS = {_TINY: 2, _IMAGENET: 6}
 
 _HINGE: Fields = {"type": "signature_hinge_repulsion", "weight": 0.1, "hinge": 0.4, "reduction": "sum"}
 # Parity: 8 clusters also for the 12 groups of the ImageNet graph; 12 would match it.
@@ -71,23 +70,6 @@ _BLOCKS: Fields = {
     "weight": 1.0,
     "kwargs": {"num_clusters": 8, "p_in": 0.9, "p_out": 0.2},
 }
-
-
-def _prior(data: str, name: str) -> Fields:
-    """Arguments of the mediators' graph generator."""
-    groups, size = _CLUSTERS[data]
-    return {
-        "scale_free": {"graph_preset": "scale-free", "graph_generator_kwargs": {"m": _LINKS[data]}},
-        "planted_partition": {
-            "graph_preset": "planted-partition",
-            "graph_generator_kwargs": {"l": groups, "k": size, "p_in": 0.9, "p_out": 0.2},
-        },
-        "ring_of_cliques": {
-            "graph_preset": "ring-of-cliques",
-            "graph_generator_kwargs": {"num_cliques": groups, "clique_size": size},
-        },
-        "erdos_renyi": {"graph_preset": "erdos-renyi", "graph_generator_kwargs": {"p": 0.1}},
-    }[name]
 
 
 _MOD: Fields = {"add_one_to_scale": True, "learnable_scale_gain": True, "scale_gain": 0.1}
@@ -99,42 +81,10 @@ def _tokenizer(grid: int) -> Fields:
 
 
 def circuit(data: str, prior: str) -> Fields:
-    """``model.kwargs`` of a published circuit."""
-    size = _SIZES[data]
-    graph = {
-        "code_dim": size["state"],
-        "signature_dim": 64,
-        "num_input_latents": size["inputs"],
-        "num_mediator_latents": size["mediators"],
-        "num_output_latents": 64,
-        "num_iterations": 8,
-        "num_heads": size["heads"],
-        "head_dim": 64,
-        "path_drop_prob": 0.1,
-        "layer_scale_initial_value": 0.1,
-        "ffn_capacity_factor": size["ffn"],
-        "code_noise_scale": 0.05,
-        "mod_fc_kwargs": _MOD,
-        "mediator_latent_kwargs": _prior(data, prior),
-        "read_in_kwargs": {"num_heads": size["heads"]},
-        "read_out_kwargs": {"use_head": False},
-        "propagator_kwargs": {
-            "latent_attention_kwargs": {
-                "share_layernorm": True,
-                "kernel_kwargs": {
-                    "truncation": 0.9,
-                    "stochastic_kernel": True,
-                    "stochastic_sampling_temperature": 0.5,
-                },
-            }
-        },
-    }
-    return {
-        "output_dim": size["classes"],
-        "state_dim": size["state"],
-        "input_tokenizer_kwargs": _tokenizer(size["grid"]),
-        "latent_graph_kwargs": graph,
-    }
+    """A published circuit, as fields of ``moe.models.nac.specs.CircuitSpec``."""
+    names = {"scale_free": "scale_free", "planted_partition": "planted", "ring_of_cliques": "ring"}
+    spec = circuit_preset({_IMAGENET: "imagenet"}.get(data, data), {**names, "erdos_renyi": "erdos"}[prior])
+    return spec.model_dump()
 
 
 def circuit_students(data: str) -> dict[str, Fields]:
