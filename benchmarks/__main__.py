@@ -19,6 +19,7 @@ NAMES = (
     "aggregator",
     "evaluation",
     "expert_stage",
+    "sweep",
     "moe_layer",
     "emoe",
     "sphero",
@@ -57,9 +58,9 @@ def table(rows: list[Row], quick: bool = False) -> str:
     header = ("what", "baseline", "ours", "ratio", "target", "met?", "note")
     lines = [header]
     for row in rows:
-        target = "-" if row.target is None else f"{row.target:.1f}x"
+        target = "-" if row.target is None else f"{row.target:.2f}x"
         met = "(quick)" if quick else "yes" if row.met else "NO"
-        times = (f"{row.baseline:.2f} s", f"{row.ours:.2f} s", f"{row.ratio:.2f}x")
+        times = (f"{row.baseline:.3g} s", f"{row.ours:.3g} s", f"{row.ratio:.2f}x")
         lines.append((row.what, *times, target, met, row.note))
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)

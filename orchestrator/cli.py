@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from moe.errors import MoepipeError
-from orchestrator import cli_checkpoint, cli_data, cli_read, cli_run, cli_serve, cli_tools
+from orchestrator import cli_checkpoint, cli_data, cli_domainbed, cli_read, cli_run, cli_serve, cli_tools
 from orchestrator.cli_options import JSON_KEY
 
 
@@ -74,6 +74,7 @@ for panel, commands in {
     for function in commands:
         app.command(rich_help_panel=panel)(function)
 app.add_typer(cli_data.app, name="data", rich_help_panel="House-keeping")
+app.add_typer(cli_domainbed.app, name="domainbed", rich_help_panel="Look")
 app.add_typer(cli_checkpoint.app, name="checkpoint", rich_help_panel="House-keeping")
 app.add_typer(cli_tools.track, name="track", rich_help_panel="House-keeping")
 

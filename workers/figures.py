@@ -46,7 +46,7 @@ _STYLE = {
 P = ParamSpec("P")
 
 
-def _styled(draw: Callable[P, bytes]) -> Callable[P, bytes]:
+def styled(draw: Callable[P, bytes]) -> Callable[P, bytes]:
     """Run ``draw`` under this module's style and leave matplotlib's settings as they were."""
 
     @functools.wraps(draw)
@@ -59,7 +59,7 @@ def _styled(draw: Callable[P, bytes]) -> Callable[P, bytes]:
     return drawn
 
 
-@_styled
+@styled
 def domain_bars(results: Sequence[EvaluationResult], before: str, after: str) -> bytes:
     """Horizontal bars per domain: the score of method ``before`` and of method ``after``, averaged over the seeds.
 
@@ -77,7 +77,7 @@ def domain_bars(results: Sequence[EvaluationResult], before: str, after: str) ->
     shown = np.argsort(-np.abs(gains), kind="stable")[:_MOST_DOMAINS]
     shown = shown[np.argsort(low.mean(axis=0)[shown], kind="stable")]
     scale, unit = _scale(first)
-    figure, axes = _figure(7.6, 1.5 + 0.38 * len(shown))
+    figure, axes = new_figure(7.6, 1.5 + 0.38 * len(shown))
     place = np.arange(len(shown))
     for values, offset, colour, name in ((low, 0.19, BEFORE, before), (high, -0.19, AFTER, after)):
         axes.barh(
@@ -110,10 +110,10 @@ def domain_bars(results: Sequence[EvaluationResult], before: str, after: str) ->
     )
     handles, names = axes.get_legend_handles_labels()
     axes.legend(handles, names, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, frameon=False, borderpad=0.1)
-    return _png(figure)
+    return png(figure)
 
 
-@_styled
+@styled
 def attention_map(results: Sequence[EvaluationResult]) -> bytes:
     """Heat maps of the attention that each expert (columns) receives from each domain (rows), one panel per seed.
 
@@ -132,7 +132,7 @@ def attention_map(results: Sequence[EvaluationResult]) -> bytes:
     even = 1 / len(experts)
     spread = max(*(abs(share - even) for _, m in found for row in m.mass for share in row), 1e-3)
     width = 2.6 + (0.3 + 0.5 * len(experts)) * len(found)
-    figure, _ = _figure(width, 1.5 + 0.32 * len(domains), panels=len(found))
+    figure, _ = new_figure(width, 1.5 + 0.32 * len(domains), panels=len(found))
     for axes, (seed, attention) in zip(figure.axes, found, strict=True):
         mass = np.array(attention.mass)
         image = axes.imshow(mass, cmap="cividis", aspect="auto", vmin=max(0.0, even - spread), vmax=even + spread)
@@ -149,10 +149,10 @@ def attention_map(results: Sequence[EvaluationResult]) -> bytes:
     bar.set_label(f"attention (even share {100 * even:.0f}%)")
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
     figure.axes[0].set_title("Attention by expert, in %", loc="left")
-    return _png(figure)
+    return png(figure)
 
 
-@_styled
+@styled
 def adaptation_curve(results: Sequence[EvaluationResult]) -> bytes:
     """Score over the number of unlabelled images adapted on, a line per method, mean over seeds with a band of one std.
 
@@ -163,7 +163,7 @@ def adaptation_curve(results: Sequence[EvaluationResult]) -> bytes:
     if not curves:
         raise DataError("There is no adaptation curve to draw.", "Evaluate several support sizes.")
     scale, unit = _scale(results[0], results[0].metric)
-    figure, axes = _figure(6.8, 4.0)
+    figure, axes = new_figure(6.8, 4.0)
     sizes = sorted({size for curve in curves for size in curve.support})
     place = {size: index for index, size in enumerate(sizes)}
     for number, name in enumerate(dict.fromkeys(curve.method for curve in curves)):
@@ -177,10 +177,10 @@ def adaptation_curve(results: Sequence[EvaluationResult]) -> bytes:
     axes.set_ylabel(unit)
     axes.set_title("Adaptation over support size")
     axes.legend(frameon=False, fontsize=8.5)
-    return _png(figure)
+    return png(figure)
 
 
-@_styled
+@styled
 def training_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], key: str, title: str) -> bytes:
     """``key`` (a loss or a score) over the step, a line per training.
 
@@ -192,7 +192,7 @@ def training_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], key:
     Raises:
         DataError: no record has ``key``.
     """
-    figure, axes = _figure(6.8, 3.8)
+    figure, axes = new_figure(6.8, 3.8)
     drawn = 0
     for number, (label, records) in enumerate(histories.items()):
         points = [(record["step"], record[key]) for record in records if key in record]
@@ -206,7 +206,7 @@ def training_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], key:
     axes.set_ylabel(key)
     axes.set_title(title)
     axes.legend(frameon=False, fontsize=8.5, ncols=1 + (drawn > 6))
-    return _png(figure)
+    return png(figure)
 
 
 def _line(axes: Axes, x: Sequence[float], rows: NDArray[Any], number: int, label: str, marker: bool = True) -> None:
@@ -233,7 +233,7 @@ def _signed(value: float, result: EvaluationResult) -> str:
     return f"{value:+.3f}" if result.task == "regression" else f"{value:+.1f}"
 
 
-def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Axes]:
     """A figure of that many panels side by side on one y axis, and its first panel."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -247,7 +247,8 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Axes]
     return figure, first
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The picture's bytes; equal pictures give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None}, bbox_inches="tight", pad_inches=0.12)
     return buffer.getvalue()

@@ -14,11 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe.algorithms.base import Algorithm
 from moe.errors import CheckpointError, SpecError
 from workers.checkpoints import Checkpoint, CheckpointDir
 from workers.context import Reporter
 from workers.engines.base import Engine, LossFunction, require_finite
 
+OBSERVED = "loss"
+"""Score that a weight average observes: the validation loss."""
+AVERAGE, TENSOR = "average:", "__tensor__"
 Schedule = Callable[[int], float]
 """Update number from 0 -> multiplier of the base rate (``workers.schedules``)."""
 Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
@@ -69,11 +73,15 @@ class LoopSpec:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores after an update (0-based), and whether they were the best so far."""
+    """Scores after an update (0-based), and whether they were the best so far.
+
+    ``means`` are the losses and parts, averaged over the updates since the evaluation before.
+    """
 
     step: int
     scores: dict[str, float]
     selected: bool
+    means: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,8 @@ def fit(
     checkpoints: CheckpointDir,
     evaluate: Evaluate | None = None,
     loss_fn: LossFunction | None = None,
+    algorithm: Algorithm[Any] | None = None,
+    restored: Callable[[Sequence[Evaluation]], None] | None = None,
 ) -> FitResult:
     """Train to the end, resuming from the newest usable checkpoint.
 
@@ -140,18 +150,22 @@ def fit(
         reporter: progress every step; asked whether to stop after each checkpoint.
         checkpoints: where the state lives; a folder that every rank can read.
         evaluate: scores the current state (the averaged weights when averaging is on); module in evaluation mode.
-        loss_fn: ``(module, batch) -> Losses``; by default the module returns them itself.
+        loss_fn: ``(module, batch) -> Losses``; by default the algorithm's loss, or what the module returns.
+        algorithm: makes an update out of engine steps, may drop the optimiser's moments and average the weights; the
+            update then has one batch, not micro-batches.
+        restored: told the evaluations so far before the first update, for an ``evaluate`` that depends on them.
 
     Raises:
         RunFailed: the loss stopped being finite.
         Interrupted: a stop was asked for; the last checkpoint is kept.
         CheckpointError: the checkpoint belongs to another model or to longer training than ``spec.steps``.
     """
-    loop = _Loop(engine, spec, reporter, checkpoints, evaluate)
-    loss = loss_fn or (lambda module, batch: module(batch))
+    loop = _Loop(engine, spec, reporter, checkpoints, evaluate, algorithm)
     loop.resume()
+    if restored is not None:
+        restored(loop.evaluations)
     while loop.step < spec.steps and not loop.exhausted:
-        loop.update(batches, loss)
+        loop.update(batches, loss_fn)
     return loop.result()
 
 
@@ -165,6 +179,7 @@ class _Loop:
         reporter: Reporter,
         checkpoints: CheckpointDir,
         evaluate: Evaluate | None,
+        algorithm: Algorithm[Any] | None,
     ) -> None:
         self.engine, self.spec, self.reporter, self.checkpoints, self.evaluate = (
             engine,
@@ -173,7 +188,14 @@ class _Loop:
             checkpoints,
             evaluate,
         )
+        self.algorithm = algorithm
+        self.average = algorithm.averaging() if algorithm is not None else None
+        if self.average is not None and spec.ema_decay is not None:
+            raise SpecError("The algorithm averages weights itself.", "Leave ema_decay out.")
+        self.settled = False
         self.step = 0
+        self.sums: dict[str, float] = {}
+        self.updates = 0
         self.evaluations: list[Evaluation] = []
         self.best_step: int | None = None
         self.best_score: float | None = None
@@ -184,19 +206,21 @@ class _Loop:
 
     @property
     def exhausted(self) -> bool:
-        return self.spec.patience is not None and self.stale >= self.spec.patience
+        return self.settled or (self.spec.patience is not None and self.stale >= self.spec.patience)
 
-    def update(self, batches: Callable[[int], Sequence[Any]], loss: LossFunction) -> None:
+    def update(self, batches: Callable[[int], Sequence[Any]], loss: LossFunction | None) -> None:
         """One optimiser step with everything that follows from its number."""
         spec, engine, step = self.spec, self.engine, self.step
-        if spec.reset_optimizer_every and step and step % spec.reset_optimizer_every == 0:
+        if self._forgets(step):
             engine.reset_optimizer()
         rates = engine.set_rates({name: schedule(step) for name, schedule in spec.schedules.items()})
         engine.module.train(not spec.evaluation_mode)
         torch.manual_seed(mix(spec.seed, step, engine.rank))
-        values = engine.step(batches(step), loss)
+        values = self._values(batches(step), loss)
         require_finite(values)
         self._average()
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in values.items()}
+        self.updates += 1
         self.step = step + 1
         if engine.rank == 0:
             rate_values = {"lr" if len(rates) == 1 else f"lr/{name}": rate for name, rate in rates.items()}
@@ -208,7 +232,23 @@ class _Loop:
         if self.step % spec.checkpoint_every == 0 or last or self.exhausted:
             self.save()
 
+    def _forgets(self, step: int) -> bool:
+        """Whether the optimiser's moments go before this update."""
+        interval = self.spec.reset_optimizer_every
+        periodic = bool(interval and step and step % interval == 0)
+        return periodic or (self.algorithm is not None and self.algorithm.restarts_optimizer(step))
+
+    def _values(self, batch: Sequence[Any], loss: LossFunction | None) -> dict[str, float]:
+        """Make the update and return the loss and its parts."""
+        engine, algorithm, step = self.engine, self.algorithm, self.step
+        if algorithm is None:
+            return engine.step(batch, loss or (lambda module, piece: module(piece)))
+        of = loss or (lambda module, piece: algorithm.loss_at(module, piece, step))
+        return algorithm.update(engine.module, batch, lambda part: engine.step([part], of))
+
     def _average(self) -> None:
+        if self.average is not None:
+            self.average.update(self.engine.module.state_dict(), self.step)
         decay = self.spec.ema_decay
         if decay is None:
             return
@@ -221,14 +261,21 @@ class _Loop:
         if evaluate is None:
             return
         engine.module.eval()
-        with _Swapped(engine.module, self.ema):
+        if self.average is not None and self.average.observes:
+            loss = evaluate(engine.plain().eval(), step).get(OBSERVED)
+            if loss is None:
+                raise SpecError(f"The algorithm's weight average needs the score {OBSERVED!r} of every evaluation.")
+            self.settled = self.average.observe(float(loss))
+        with _Swapped(engine.module, self._averaged()):
             scores = {name: float(value) for name, value in evaluate(engine.plain().eval(), step).items()}
         metric = self.spec.metric or list(scores)[-1]
         if metric not in scores:
             raise SpecError(f"The selection metric {metric!r} is not among the scores: {', '.join(scores)}.")
         threshold = self.spec.best_from if self.best_score is None else self.best_score
         selected = scores[metric] > threshold
-        self.evaluations.append(Evaluation(step, scores, selected))
+        means = {name: value / self.updates for name, value in self.sums.items()} if self.updates else {}
+        self.evaluations.append(Evaluation(step, scores, selected, means))
+        self.sums, self.updates = {}, 0
         self.stale = 0 if selected else self.stale + 1
         if selected:
             self.best_step, self.best_score = step, scores[metric]
@@ -241,7 +288,10 @@ class _Loop:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Whole-model weights and buffers, the averaged weights when averaging is on. Collective."""
-        return self.engine.gather({**self.engine.module.state_dict(), **self.ema})
+        return self.engine.gather({**self.engine.module.state_dict(), **self._averaged()})
+
+    def _averaged(self) -> dict[str, torch.Tensor]:
+        return self.ema if self.average is None else self.average.average()
 
     def save(self) -> None:
         """Write a checkpoint (collective), then give a pending stop request its chance."""
@@ -251,8 +301,14 @@ class _Loop:
             "best_step": self.best_step,
             "best_score": self.best_score,
             "stale": self.stale,
+            "settled": self.settled,
+            "sums": self.sums,
+            "updates": self.updates,
             "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
         }
+        if self.average is not None:
+            tensors, counters["average"] = split_state(self.average.state_dict())
+            ema = {f"{AVERAGE}{name}": value for name, value in self.engine.gather(tensors).items()}
         if self.engine.rank == 0:
             self.checkpoints.save(Checkpoint(self.step, state, ema, counters))
         self.engine.barrier()
@@ -273,7 +329,11 @@ class _Loop:
         if self.spec.ema_decay is not None:
             self.ema = self.engine.scatter(checkpoint.ema)
         counters = checkpoint.counters
-        self.step, self.stale = checkpoint.step, counters["stale"]
+        if self.average is not None:
+            tensors = {name.removeprefix(AVERAGE): value for name, value in checkpoint.ema.items()}
+            self.average.load_state_dict(join_state(self.engine.scatter(tensors), counters["average"]))
+        self.step, self.stale, self.settled = checkpoint.step, counters["stale"], counters["settled"]
+        self.sums, self.updates = counters["sums"], counters["updates"]
         self.best_step, self.best_score = counters["best_step"], counters["best_score"]
         self.evaluations = [Evaluation(**record) for record in counters["evaluations"]]
         self.reporter.log(f"Resumed at step {self.step} of {self.spec.steps}.")
@@ -284,10 +344,10 @@ class _Loop:
 
 
 class _Swapped:
-    """Put other weights into a module for the time of a ``with`` block."""
+    """Put other weights and buffers into a module for the time of a ``with`` block."""
 
     def __init__(self, module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-        self._parameters = {name: p for name, p in module.named_parameters() if name in weights}
+        self._parameters = {name: p for name, p in module.state_dict().items() if name in weights}
         self._weights = weights
         self._kept: dict[str, torch.Tensor] = {}
 
@@ -301,6 +361,31 @@ class _Swapped:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(self._kept[name])
+
+
+def split_state(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], Any]:
+    """A nested state -> its tensors by number, and the rest as JSON with the numbers in their places."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            name = str(len(tensors))
+            tensors[name] = value
+            return {TENSOR: name}
+        if isinstance(value, Mapping):
+            return {key: walk(item) for key, item in value.items()}
+        return [walk(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return tensors, walk(state)
+
+
+def join_state(tensors: Mapping[str, torch.Tensor], rest: Any) -> Any:
+    """Inverse of :func:`split_state`."""
+    if isinstance(rest, Mapping):
+        if rest.keys() == {TENSOR}:
+            return tensors[rest[TENSOR]]
+        return {key: join_state(tensors, item) for key, item in rest.items()}
+    return [join_state(tensors, item) for item in rest] if isinstance(rest, list) else rest
 
 
 def mix(*numbers: int) -> int:

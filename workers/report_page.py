@@ -68,20 +68,11 @@ def render(page: ReportPage) -> str:
     Raises:
         DataError: there is no result to report.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     if not page.results:
         raise DataError("There are no results to report.", "Evaluate at least one seed.")
-    environment = Environment(
-        loader=PackageLoader("workers"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
     header, body = page.table.strings()
-    return environment.get_template("report.html.j2").render(
+    return fill_template(
+        "report.html.j2",
         page=page,
         header=header,
         body=[(row.name, line) for row, line in zip(page.table.rows, body, strict=True)],
@@ -91,6 +82,21 @@ def render(page: ReportPage) -> str:
         settings=[(name.replace("_", " "), _text(value)) for name, value in page.settings.items()],
         spec=json.dumps(page.spec, indent=2, sort_keys=True) if page.spec else "",
     )
+
+
+def fill_template(name: str, **values: Any) -> str:
+    """A template of this package with ``values`` in it, which are escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("workers"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(name).render(**values)
 
 
 def _seed(result: EvaluationResult) -> dict[str, Any]:

@@ -28,6 +28,15 @@ Image = NDArray[Any]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _VARIANTS = 8
+# Side in pixels that the official pipeline resizes to; absent where images keep the size they are stored in.
+_DOMAINBED = ("pacs", "vlcs", "officehome", "terraincognita", "domainnet", "sviro", "cub_dg")
+_RESIZED = {
+    "iwildcam": 448,
+    "camelyon17": 96,
+    "wilds_camelyon": 224,
+    "wilds_fmow": 224,
+    **dict.fromkeys(_DOMAINBED, 224),
+}
 _FORMAT = 1  # raise when the numbers that a spec stands for change: it enters cache keys
 
 
@@ -185,14 +194,14 @@ def transform_for(
         channels: overrides the number of channels (1 or 2 become 3).
         original_resolution: nominal (height, width); when not square, the centre square of the smaller side is taken.
     """
-    resized = {"iwildcam": (448, 448), "camelyon17": (96, 96)}.get(info.name)
+    side = image_size or _RESIZED.get(info.name)
     augment = info.name == "rxrx1" and (train or official_rxrx1_eval)
     square = original_resolution is None or original_resolution[0] == original_resolution[1]
     return Transform(
         TransformSpec(
             normalisation=normalisation or info.normalisation,
             crop=None if square or info.name == "rxrx1" else min(original_resolution or ()),
-            size=(image_size, image_size) if image_size is not None else resized,
+            size=None if side is None else (side, side),
             channels=channels,
             augment=augment,
         )

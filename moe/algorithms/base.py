@@ -72,7 +72,12 @@ class WeightAverage(ABC):
 
     It has no loop: whoever trains calls :meth:`update` after every update, :meth:`observe` after every evaluation on
     validation rows, and evaluates :meth:`average`. Weights are the tensors of a module's state dict by name.
+
+    Class attributes:
+        observes: it needs the validation loss of the trained weights themselves.
     """
+
+    observes: ClassVar[bool] = False
 
     @abstractmethod
     def update(self, weights: Mapping[str, Tensor], step: int) -> None:

@@ -66,6 +66,8 @@ class LossValley(WeightAverage):
         ratio: r, at least 1.
     """
 
+    observes: ClassVar[bool] = True
+
     def __init__(self, converge: int = 3, tolerance: int = 6, ratio: float = 1.3) -> None:
         self.converge, self.tolerance, self.ratio = converge, tolerance, ratio
         self.current: Segment = {"mean": {}, "count": 0, "loss": float("nan")}

@@ -92,15 +92,28 @@ def test_draws_are_builtin_reproducible_and_of_the_default_names(which, algorith
 
 def test_protocols_differ_where_the_codes_do():
     lr = {name: hparams.default_hparams(name, "ERM", "PACS")["lr"] for name in PROTOCOLS}
-    assert lr == {"domainbed_2020": 5e-5, "domainbed_head": 5e-5, "gmoe_fork": 3e-5}
+    assert lr == {"domainbed_2020": 5e-5, "domainbed_head": 5e-5, "gmoe_fork": 3e-5, "emoe_fork": 3e-5}
     mixup = {name: hparams.hparam_table(name, "Mixup", "PACS")["mixup_alpha"] for name in PROTOCOLS}
-    assert [entry.default for entry in mixup.values()] == [0.2, 0.2, 0.1]
+    assert [entry.default for entry in mixup.values()] == [0.2, 0.2, 0.1, 0.1]
     assert mixup["gmoe_fork"].sample("mixup_alpha", 5) == 0.1 != mixup["domainbed_2020"].sample("mixup_alpha", 5)
     names = {name: set(hparams.default_hparams(name, "MLDG", "PACS")) for name in PROTOCOLS}
     assert names["domainbed_head"] - names["domainbed_2020"] >= {"n_meta_test", "vit_dropout", "resnet50_augmix"}
     assert names["gmoe_fork"] - names["domainbed_2020"] == {"optimizer", "val_augment", "freeze_bn", "pretrained"}
-    assert [protocol(name).steps("DomainNet") for name in PROTOCOLS] == [5001, 5001, 15001]
-    assert [protocol(name).checkpoint_frequency("DomainNet") for name in PROTOCOLS] == [1000, 1000, 500]
+    assert [protocol(name).steps("DomainNet") for name in PROTOCOLS] == [5001, 5001, 15001, 15001]
+    assert [protocol(name).checkpoint_frequency("DomainNet") for name in PROTOCOLS] == [1000, 1000, 500, 500]
+
+
+def test_emoes_protocol_is_gmoes_with_the_mixture_as_hyperparameters():
+    gmoe = hparams.default_hparams("gmoe_fork", "GMOE", "PACS")
+    emoe = hparams.default_hparams("emoe_fork", "GMOE", "PACS")
+    assert emoe.items() > gmoe.items() and set(hparams.EMOE) <= set(emoe) - set(gmoe)
+    assert (emoe["num_experts"], emoe["topk"], emoe["router"], emoe["lr"]) == (6, 1, "cosine_top", 3e-5)
+    assert not set(hparams.EMOE_LARGE) - {"vit_type"} & set(emoe)  # read for the large network only
+    drawn = [hparams.random_hparams("emoe_fork", "GMOE", "TerraIncognita", seed) for seed in range(40)]
+    assert all(10**-4.5 <= draw["lr"] <= 10**-2.5 and draw["weight_decay"] == 0 for draw in drawn)
+    assert {draw["resnet_dropout"] for draw in drawn} == {0.0, 0.1, 0.5} and {draw["topk"] for draw in drawn} == {1}
+    assert drawn[3].items() > hparams.random_hparams("gmoe_fork", "GMOE", "TerraIncognita", 3).items()
+    assert hparams.default_hparams("emoe_fork", "ERM", "CUB") == hparams.default_hparams("gmoe_fork", "ERM", "CUB")
 
 
 def test_seed_zero_of_a_run_means_the_defaults():

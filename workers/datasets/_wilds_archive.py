@@ -43,7 +43,7 @@ def take_in(archive: Path, root: Path, layout: Layout) -> Path:
             target.symlink_to(_inner(archive, archive, layout).resolve(), target_is_directory=True)
         else:
             aside.mkdir()
-            _unpack(archive, aside)
+            unpack(archive, aside)
             os.replace(_inner(aside, archive, layout), target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
@@ -61,8 +61,12 @@ def take_in(archive: Path, root: Path, layout: Layout) -> Path:
 _FILTERS = hasattr(tarfile, "data_filter")
 
 
-def _unpack(archive: Path, folder: Path) -> None:
-    """Unpack; members with absolute paths, parent references, links outside or devices are refused."""
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a tar or zip file; members with absolute paths, parent references, links outside or devices are refused.
+
+    Raises:
+        DataError: such a member, or a damaged archive.
+    """
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as packed:

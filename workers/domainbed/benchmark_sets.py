@@ -26,7 +26,8 @@ class BenchmarkSet:
         classes: number of classes.
         channels: of an image.
         image_size: side in pixels.
-        in_fork: GMoE's code knows it; ``in_head``: DomainBed's today; ``in_2020``: the published study.
+        in_fork: GMoE's code and EMoE's copy of it know it; ``in_head``: DomainBed's today; ``in_2020``: the published
+            study.
     """
 
     name: str

@@ -1,7 +1,8 @@
 """Hyper-parameters: defaults and random draws of every algorithm, data set and protocol.
 
 Each name draws one value from its own ``RandomState(seed_hash(seed, name))``, so that a value depends on nothing but
-its name and the seed. Source: DomainBed (arXiv 2007.01434, appendix D.2; public code b93c22a1) and GMoE (0689d557).
+its name and the seed. Source: DomainBed (arXiv 2007.01434, appendix D.2; public code b93c22a1), GMoE (0689d557)
+and EMoE (ba8e1757).
 
 Known differences: values are built-in numbers (the public code leaves NumPy scalars in records). Algorithms whose
 search space is not tabled here raise instead of silently drawing the common names only.
@@ -9,8 +10,9 @@ search space is not tabled here raise instead of silently drawing the common nam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -129,12 +131,49 @@ _GMOE = {
     "CUB": (5e-5, 0.0, 0.1),
 }
 
+# What EMoE's code reads of the mixture, under its names; never drawn. Its algorithm is called GMOE, too.
+_MIXTURE: Table = {
+    "vit_type": HParam("small"),
+    "vanilla_ViT": HParam(False),
+    "num_experts": HParam(6),
+    "topk": HParam(1),
+    "num_inter": HParam(2),
+    "every_moe": HParam(True),
+    "skip_last": HParam(0),
+    "router": HParam("cosine_top"),
+    "MoE_from_ffn": HParam(False),
+    "one_score_gate": HParam(False),
+    "normalize_one_score_gate": HParam(False),
+    "one_score_gate_update_momentum": HParam(0.0),
+    "gate_noise": HParam(1.0),
+    "capacity_factor": HParam(1.5),
+    "expert_repeat": HParam(1),
+    "aux_loss_weight": HParam(1.0),
+}
+# Overrides that make GMOE of ``emoe_fork`` an EMoE. Source: README of EMoE's code.
+EMOE: Mapping[str, Value] = MappingProxyType(
+    {"MoE_from_ffn": True, "router": "top", "one_score_gate": True, "num_experts": 24, "topk": 4, "num_inter": 2}
+)
+# Further names with their defaults that its code reads where vit_type is "large" (low-rank tuning of a ViT-L).
+EMOE_LARGE: Mapping[str, Value] = MappingProxyType(
+    {
+        "vit_type": "large",
+        "peft": True,
+        "lora_config": 32,  # rank and alpha
+        "tune_moe_layers_only": True,
+        "tune_gates_only": False,
+        "tune_layernorm": False,
+        "tune_embeddings": True,
+        "random_init_gate": False,
+    }
+)
+
 
 def hparam_table(protocol_name: str, algorithm: str, dataset: str) -> Table:
     """Every hyper-parameter of an algorithm on a data set, in the order of the records.
 
     Args:
-        protocol_name: ``domainbed_2020``, ``domainbed_head`` or ``gmoe_fork``.
+        protocol_name: ``domainbed_2020``, ``domainbed_head``, ``gmoe_fork`` or ``emoe_fork``.
         algorithm: official name, e.g. ``CORAL``.
         dataset: official name, e.g. ``OfficeHome``.
 
@@ -145,6 +184,8 @@ def hparam_table(protocol_name: str, algorithm: str, dataset: str) -> Table:
     entry = rules.check(dataset)
     own = _own(rules, algorithm)
     table = {**_common(rules), **own, **_optimiser(rules, algorithm, entry)}
+    if algorithm == "GMOE" and rules.name == "emoe_fork":
+        table |= _MIXTURE
     if algorithm == "GMOE" and entry.name in _GMOE:
         rate, decay, dropout = _GMOE[entry.name]
         table["lr"] = HParam(rate, _SMALL_RATE)
@@ -178,13 +219,13 @@ def run_hparams(
 
 
 def _own(rules: Protocol, algorithm: str) -> Table:
-    allowed = [name for name in _ALGORITHMS if rules.name == "gmoe_fork" or name not in FORK_ONLY]
+    allowed = [name for name in _ALGORITHMS if rules.fork or name not in FORK_ONLY]
     if algorithm not in allowed:
         raise SpecError(
             f"The hyper-parameters of {algorithm!r} under {rules.name} are not tabled.", nearest(algorithm, allowed)
         )
     own = dict(_ALGORITHMS[algorithm])
-    if algorithm == "Mixup" and rules.name == "gmoe_fork":
+    if algorithm == "Mixup" and rules.fork:
         own["mixup_alpha"] = HParam(0.1)
     if algorithm == "MLDG" and rules.name == "domainbed_head":
         own["n_meta_test"] = HParam(2, choice(1, 2))
@@ -209,7 +250,7 @@ def _common(rules: Protocol) -> Table:
     if head:
         table["vit_dropout"] = HParam(0.0, _DROPOUT)
     table |= {"class_balanced": HParam(False), "nonlinear_classifier": HParam(False)}
-    if rules.name == "gmoe_fork":  # in the records; its code reads none of the four
+    if rules.fork:  # in the records; its code reads none of the four
         table |= {
             "optimizer": HParam("adam"),
             "val_augment": HParam(False),

@@ -60,6 +60,10 @@ class InfiniteBatches:
         self._begin(None)
         return next(self)
 
+    def use(self, generator: Generator) -> None:
+        """Take the seeds of the coming passes from another generator."""
+        self._generator = generator
+
     def state_dict(self) -> dict[str, int | None]:
         """Where the stream stands, for a checkpoint; the generator's own state is saved by its owner."""
         return {"seed": self._seed, "taken": self._taken}

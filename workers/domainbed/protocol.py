@@ -1,7 +1,8 @@
-"""The three settings that get called "DomainBed", each whole, so that nobody mixes them unawares.
+"""The four settings that get called "DomainBed", each whole, so that nobody mixes them unawares.
 
 ``domainbed_2020``: the published study (arXiv 2007.01434). ``domainbed_head``: its public code today (commit b93c22a1).
-``gmoe_fork``: the code of GMoE (commit 0689d557). There is no default: who uses the protocol says which.
+``gmoe_fork``: the code of GMoE (commit 0689d557). ``emoe_fork``: the code of EMoE (commit ba8e1757), a copy of GMoE's
+whose mixture settings are hyper-parameters. There is no default: who uses the protocol says which.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Literal, get_args
 from moe.errors import SpecError, nearest
 from workers.domainbed.benchmark_sets import BenchmarkSet, benchmark_set
 
-ProtocolName = Literal["domainbed_2020", "domainbed_head", "gmoe_fork"]
+ProtocolName = Literal["domainbed_2020", "domainbed_head", "gmoe_fork", "emoe_fork"]
 
 _OFTEN = 100  # checkpoint frequency of MNIST, WILDS, debug and what does not say otherwise
 _SELDOM = frozenset({"VLCS", "PACS", "OfficeHome", "TerraIncognita", "SVIRO", "CUB"})
@@ -25,7 +26,7 @@ class Protocol:
     """Settings around the training loop; hyper-parameters are in :mod:`workers.domainbed.hparams`.
 
     Attributes:
-        name: which of the three.
+        name: which of the four.
         rate: default learning rate on other than small images.
         domainnet_steps: updates on DomainNet; 5001 elsewhere.
         domainnet_frequency: updates between two evaluations there.
@@ -49,6 +50,11 @@ class Protocol:
     eval_batch: int = 64
     augments_validation: bool = True
 
+    @property
+    def fork(self) -> bool:
+        """GMoE's code, or EMoE's, which is a copy of it."""
+        return self.name in ("gmoe_fork", "emoe_fork")
+
     def check(self, dataset: str) -> BenchmarkSet:
         """The record of ``dataset``, if this protocol has it.
 
@@ -56,7 +62,8 @@ class Protocol:
             SpecError: unknown, or known to another protocol only.
         """
         entry = benchmark_set(dataset)
-        has = {"domainbed_2020": entry.in_2020, "domainbed_head": entry.in_head, "gmoe_fork": entry.in_fork}
+        fork = entry.in_fork
+        has = {"domainbed_2020": entry.in_2020, "domainbed_head": entry.in_head, "gmoe_fork": fork, "emoe_fork": fork}
         if not has[self.name]:
             others = ", ".join(name for name, there in has.items() if there)
             raise SpecError(f"The protocol {self.name} has no data set {dataset!r}.", f"It belongs to: {others}.")
@@ -81,6 +88,7 @@ PROTOCOLS = MappingProxyType(
             Protocol("domainbed_2020", 5e-5, 5001, 1000, freeze_bn=True, augmix=False),
             Protocol("domainbed_head", 5e-5, 5001, 1000, freeze_bn=False, augmix=True),
             Protocol("gmoe_fork", 3e-5, 15001, 500, freeze_bn=True, augmix=False),
+            Protocol("emoe_fork", 3e-5, 15001, 500, freeze_bn=True, augmix=False),
         )
     }
 )
@@ -90,7 +98,7 @@ def protocol(name: str) -> Protocol:
     """The protocol of this name.
 
     Raises:
-        SpecError: no such protocol; the message lists the three.
+        SpecError: no such protocol; the message suggests the nearest.
     """
     for known in get_args(ProtocolName):
         if name == known:

@@ -25,11 +25,15 @@ ALGORITHMS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """Per cent: mean over trials and its standard error (population deviation / sqrt(trials))."""
+    """Per cent: mean over trials and its standard error (population deviation / sqrt(trials)).
+
+    ``missing`` counts the runs that belong to the cell and are not there.
+    """
 
     mean: float
     error: float
     trials: int
+    missing: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ def collect(
     records: Sequence[Record],
     methods: Sequence[str] = tuple(METHODS),
     labels: Mapping[str, Sequence[str]] | None = None,
+    missing: Mapping[tuple[str, str, int], int] | None = None,
 ) -> Report:
     """Tables of a sweep.
 
@@ -93,6 +98,7 @@ def collect(
         records: of any number of data sets, algorithms and trials.
         methods: selection methods, see :data:`workers.domainbed.selection.METHODS`.
         labels: column titles by data set, for sets of one's own; else ``env0``, ``env1``, ...
+        missing: (data set, algorithm, held-out domain) -> runs that the sweep should have and has not.
 
     Raises:
         SpecError: unknown method.
@@ -110,10 +116,11 @@ def collect(
         scores = _scores(records, selection_method(method).name)
         for dataset in datasets:
             domains = range(len(columns[dataset]))
-            rows = [
-                Row(name, tuple(_cell([*scores.get((dataset, name, env), {}).values()]) for env in domains))
-                for name in algorithms
-            ]
+            rows = []
+            for name in algorithms:
+                keys = [(dataset, name, env) for env in domains]
+                cells = [_cell([*scores.get(key, {}).values()], (missing or {}).get(key, 0)) for key in keys]
+                rows.append(Row(name, tuple(cells)))
             tables.append(Table(method, dataset, columns[dataset], tuple(rows)))
         rows = [
             Row(name, tuple(_cell(_trial_means(scores, dataset, name)) for dataset in datasets)) for name in algorithms
@@ -145,13 +152,13 @@ def _trial_means(scores: Scores, dataset: str, algorithm: str) -> list[float]:
     return [float(np.mean(by_trial[trial])) for trial in sorted(by_trial)]
 
 
-def _cell(accuracies: Sequence[float]) -> Cell | None:
+def _cell(accuracies: Sequence[float], missing: int = 0) -> Cell | None:
     """The order of operations decides how x.x5 is rounded: mean first, then times 100."""
     if not accuracies:
         return None
     values = np.asarray(accuracies, dtype=np.float64)
     error = 100 * float(np.std(values / np.sqrt(len(values))))
-    return Cell(100 * float(np.mean(values)), error, len(values))
+    return Cell(100 * float(np.mean(values)), error, len(values), missing)
 
 
 def _ordered(names: Iterable[str], known: Iterable[str]) -> list[str]:

@@ -49,7 +49,7 @@ def _text(report: Report, compat: bool) -> str:
     for table in report.tables:
         name = f"Dataset: {table.dataset}" if table.dataset else "Averages"
         lines += ["", f"-------- {name}, model selection method: {METHODS[table.method].title}"]
-        grid = _grid(table, "+/-", worst=not compat)
+        grid = grid_of(table, "+/-", worst=not compat)
         widths = _widths(grid, table, compat)
         lines += [_line(row, widths, "  ", " ") for row in grid]
     return "\n".join(lines) + "\n"
@@ -64,7 +64,7 @@ def _latex(report: Report, compat: bool) -> str:
         method = table.method
         title = table.title if compat else table.title.translate(_LATEX)
         lines += ["", f"\\subsubsection{{{title}}}", "", r"\begin{center}", r"\adjustbox{max width=\textwidth}{%"]
-        grid = _grid(table, r"$\pm$", worst=not compat)
+        grid = grid_of(table, r"$\pm$", worst=not compat)
         names = [[name.replace("%", r"\%") if compat else name.translate(_LATEX) for name in grid[0]]]
         if not compat:
             grid = [[row[0].translate(_LATEX), *row[1:]] for row in grid]
@@ -80,7 +80,7 @@ def _markdown(report: Report, compat: bool) -> str:
     lines: list[str] = []
     for table in report.tables:
         lines += [f"**{_caption(table)}**", ""]
-        header, *body = [[cell.replace("|", r"\|") for cell in row] for row in _grid(table, "±", worst=True)]
+        header, *body = [[cell.replace("|", r"\|") for cell in row] for row in grid_of(table, "±", worst=True)]
         rows = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
         lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
     return "\n".join(lines).rstrip("\n") + "\n"
@@ -89,7 +89,7 @@ def _markdown(report: Report, compat: bool) -> str:
 def _html(report: Report, compat: bool) -> str:
     lines: list[str] = []
     for table in report.tables:
-        header, *body = _grid(table, "±", worst=True)
+        header, *body = grid_of(table, "±", worst=True)
         lines += ["<table>", f"<caption>{escape(_caption(table))}</caption>"]
         lines.append(
             "<thead><tr>" + "".join(f'<th scope="col">{escape(name)}</th>' for name in header) + "</tr></thead>"
@@ -133,7 +133,7 @@ def _caption(table: Table) -> str:
     return f"{table.title}, model selection: {METHODS[table.method].title}, {span} {noun}"
 
 
-def _grid(table: Table, sign: str, *, worst: bool) -> list[list[str]]:
+def grid_of(table: Table, sign: str = "±", *, worst: bool = True) -> list[list[str]]:
     """Header and rows as texts."""
     last = ["Avg", "Worst"] if worst and table.dataset else ["Avg"]
     grid = [["Algorithm", *table.columns, *last]]
@@ -145,7 +145,9 @@ def _grid(table: Table, sign: str, *, worst: bool) -> list[list[str]]:
 
 
 def _show(cell: Cell | None, sign: str) -> str:
-    return _MISSING if cell is None else f"{cell.mean:.1f} {sign} {cell.error:.1f}"
+    if cell is None:
+        return _MISSING
+    return f"{cell.mean:.1f} {sign} {cell.error:.1f}{'*' if cell.missing else ''}"
 
 
 def _widths(grid: Sequence[Sequence[str]], table: Table, compat: bool) -> list[int]:
