@@ -54,6 +54,10 @@ def serve(
     front: Annotated[
         str, typer.Option("--front", help="direct (fast, one machine) or proxy (through Ray Serve's proxy).")
     ] = "direct",
+    samples: Annotated[
+        Path | None,
+        typer.Option("--samples", help="Pictures, or a folder of them for each domain, that the page offers to try."),
+    ] = None,
     data: opt.DataRoot = None,
     store: opt.StoreUrl = opt.DEFAULT_STORE,
     export: Annotated[
@@ -88,6 +92,7 @@ def serve(
         "resident_bytes": memory * 10**6,
         "tokens_file": None if tokens is None else str(tokens.absolute()),
         "data": str(opt.data_root(data, store).absolute()),
+        "samples": None if samples is None else str(samples.absolute()),
     }
     prepare_environment()  # Ray reads its settings when it is imported, and the app imports it
     app = import_module(serving.APP)

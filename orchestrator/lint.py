@@ -13,7 +13,7 @@ from orchestrator.nodes import Graph
 from orchestrator.positions import LintProblem
 
 # Artifact kinds that people want for themselves, so that nothing has to read them.
-RESULTS = frozenset({"report", "metrics", "student", "table", "figure", "search", "registration"})
+RESULTS = frozenset({"report", "metrics", "student", "table", "figure", "search", "deployment"})
 
 
 Rule = Callable[[Graph, Capacity | None], Iterator[LintProblem]]

@@ -1,7 +1,8 @@
 """The run record as nested MLflow runs: which event writes what.
 
 Pipeline, stages and members become runs (tag ``mlflow.parentRunId``), metrics become curves, reports become files of
-the pipeline's run, data sets its inputs. Applying the same events twice writes the same thing once.
+the pipeline's run, data sets its inputs, and what a ``deploy`` stage names becomes a version in the model registry.
+Applying the same events twice writes the same thing once.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from orchestrator.tracking_state import (
 
 _REPORT_KIND = "report"
 _DATA_KIND = "data"
+_DEPLOYMENT_KIND = "deployment"
 _SETTLED = ("member-hit", "member-finished", "member-failed")
 _STATUS = {"finished": "FINISHED", "interrupted": "KILLED"}
 
@@ -228,15 +230,28 @@ class Projection:
             self.writer.point(run, key, float(value), step, event.time)
 
     def _attach(self, event: Event) -> None:
-        """Reports become files of the pipeline's run, data becomes its dataset input."""
+        """Reports become files of the pipeline's run, data its dataset input, deployments versions in the registry."""
         stage, digest = self.graph.nodes[event.node].stage, str(event.data["digest"])
         output = type(self.graph.stages[stage].stage).output
-        if output not in (_REPORT_KIND, _DATA_KIND):
+        if output not in (_REPORT_KIND, _DATA_KIND, _DEPLOYMENT_KIND):
             return
         run = self.state.runs[self._pipeline(event.time)]
         artifact = self.store.artifact(digest)
-        if output == _REPORT_KIND:
+        if output == _DEPLOYMENT_KIND:
+            self._register(event, run, artifact.meta)
+        elif output == _REPORT_KIND:
             self.writer.files(run, self.store.local_path(artifact), stage)
         else:
             name = str(artifact.meta.get("dataset") or self._dataset or stage)
             self.writer.dataset(run, name, digest, stage)
+
+    def _register(self, event: Event, run: str, meta: Mapping[str, Any]) -> None:
+        """A version for the model that is deployed, if it wants a name; the alias is for the pipeline's first seed."""
+        wanted = meta.get("registry")
+        if wanted is None:
+            return
+        _, seed, _ = parse_node(event.node)
+        tags = {"moepipe.run": self.run.id, "moepipe.node": event.node, "moepipe.dataset": str(meta["dataset"])}
+        version = self.writer.register(wanted["name"], str(meta["model"]), run, event.time, tags)
+        if seed in (None, self.graph.spec.seeds[0]):
+            self.writer.point_alias(wanted["name"], wanted["alias"], version)

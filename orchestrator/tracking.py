@@ -25,6 +25,7 @@ _BATCH = 1000
 _MAX_TAG = 5000
 _MAX_DIGEST = 36
 _FOUND_AT_ONCE = 5000
+_DEPLOYED = "moepipe.deployed"
 
 
 def connect(uri: str) -> Any:
@@ -155,8 +156,51 @@ class Writer:
         source = Dataset(name, digest[:_MAX_DIGEST], "moepipe", f"artifact {digest}")
         self._client.log_inputs(run, [DatasetInput(source, [InputTag("mlflow.data.context", context)])])
 
+    def register(self, name: str, digest: str, run: str, when: float, tags: Mapping[str, str]) -> str:
+        """Version of the model ``name`` that stands for an artifact; made when there is none yet.
+
+        Args:
+            name: in the registry; made when it does not exist.
+            digest: of the artifact, kept as tag ``moepipe.artifact``.
+            run: MLflow run that it came from.
+            when: kept as tag ``moepipe.deployed``, in seconds; the later of two times stays.
+            tags: further tags of a new version.
+        """
+        with suppress(Exception):  # it exists already; the next line finds out
+            self._client.create_registered_model(name)
+        self._client.get_registered_model(name)
+        found = self._version_of(name, digest)
+        if found is None:
+            own = {**tags, "moepipe.artifact": digest, _DEPLOYED: repr(when)}
+            made = self._client.create_model_version(name, f"moepipe:/artifacts/{digest}", run_id=run, tags=own)
+            return str(made.version)
+        if when > _time_of(found):
+            self._client.set_model_version_tag(name, found.version, _DEPLOYED, repr(when))
+        return str(found.version)
+
+    def point_alias(self, name: str, alias: str, version: str) -> bool:
+        """Let ``alias`` mean ``version``, unless it means one that was deployed later; whether it does now."""
+        registered = self._client.get_registered_model(name)
+        holder = registered.aliases.get(alias)
+        if holder is not None and str(holder) != version:
+            times = [_time_of(self._client.get_model_version(name, number)) for number in (str(holder), version)]
+            if times[0] > times[1]:
+                return False
+        self._client.set_registered_model_alias(name, alias, version)
+        return True
+
+    def _version_of(self, name: str, digest: str) -> Any:
+        query = f"name = '{name}' and tag.`moepipe.artifact` = '{digest}'"
+        found = self._client.search_model_versions(query, max_results=1)
+        return found[0] if found else None
+
     def members_by_key(self) -> dict[str, str]:
         """Cache key -> the newest member run that made it, of this experiment."""
         query = "tags.`moepipe.type` = 'member'"
         found = self._client.search_runs([self.experiment], query, max_results=_FOUND_AT_ONCE)
         return {run.data.tags.get("moepipe.key", ""): str(run.info.run_id) for run in reversed(found)}
+
+
+def _time_of(version: Any) -> float:
+    """When a registered version was last deployed; 0 for one that was registered by hand."""
+    return float(dict(version.tags).get(_DEPLOYED, 0.0))

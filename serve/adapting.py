@@ -11,6 +11,7 @@ Shapes: S support images, E experts, K outputs.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -42,6 +43,7 @@ __all__ = ["AdaptReport", "AdaptRequest", "Adapter", "JobStatus", "Plan"]
 
 _TOTAL = 100  # units of progress
 _CLAIMS = ".idempotency"
+_MOST_AT_ONCE = 4
 
 
 class Adapter:
@@ -51,7 +53,8 @@ class Adapter:
         model: base and teacher.
         catalogue: where states are published.
         guard: limits of the collapse guard.
-        at_once: adaptations that compute at the same time; more than one pays off on several devices only.
+        at_once: adaptations that compute at the same time; None: on a CPU what its cores carry, each
+            with as many threads as torch has, at most four (each holds its activations); on a GPU one.
         queue: adaptations that may wait besides.
         max_images: of one request.
         max_steps: of one request.
@@ -66,7 +69,7 @@ class Adapter:
         model: ServedModel,
         catalogue: Catalogue,
         guard: GuardSpec | None = None,
-        at_once: int = 1,
+        at_once: int | None = None,
         queue: int = 32,
         max_images: int = 4096,
         max_steps: int = 1000,
@@ -77,10 +80,11 @@ class Adapter:
         self.model, self.catalogue, self.guard = model, catalogue, guard or GuardSpec()
         self.plan = Planner(model, max_images, max_steps, chunk)
         self.keep_support = keep_support
+        at_once = at_once or _places(model.device)
         self.turns = Turns(at_once, queue)
         self.jobs = Jobs(at_once + 1)
         self.support = SupportCache(model, cache_bytes, chunk)
-        self._once = Once(catalogue.folder / _CLAIMS)
+        self.once = Once(catalogue.folder / _CLAIMS)
         self._streams = Streams(self)
         self._spare: list[Student] = []
         self._started: dict[tuple[str, str], tuple[str, str]] = {}
@@ -153,7 +157,7 @@ class Adapter:
     def _once_only(self, request: AdaptRequest, plan: Plan, progress: Progress) -> AdaptReport:
         if request.idempotency_key is None:
             return self._carry_out(request, plan, progress, None)
-        with self._once.claim(request.tenant, request.idempotency_key, plan.fingerprint) as claim:
+        with self.once.claim(request.tenant, request.idempotency_key, plan.fingerprint) as claim:
             if claim.report is not None:
                 return AdaptReport.from_json(claim.report)
             report = self._carry_out(request, plan, progress, claim)
@@ -216,7 +220,7 @@ class Adapter:
             result = method.adapt(model, images, tokens, self.model.aggregator)
             if start:
                 result = replace(result, base=base, delta={**start, **result.delta}, logits_before=None)
-            return result, check(base, images, result, self.model.info.task, self.guard)
+            return result, check(base, images, result, self.model.info.task, self.guard, brief=True)
 
     def publish(
         self,
@@ -288,6 +292,13 @@ class Adapter:
         finally:
             with self._lock:
                 self._spare.append(twin)
+
+
+def _places(device: torch.device) -> int:
+    """How many adaptations fill the device."""
+    if device.type != "cpu":
+        return 1
+    return min(_MOST_AT_ONCE, max(1, len(os.sched_getaffinity(0)) // torch.get_num_threads()))
 
 
 @contextmanager

@@ -86,7 +86,6 @@ def _load(config: ServeConfig, make: Callable[..., LocalBackend] | None = None) 
     """Model and catalogue in this process, with a backend that ``make`` builds over them (local by default)."""
     import torch
 
-    from serve.adapting import Adapter
     from serve.batching import BatchLimits
     from serve.catalogue import Catalogue
     from serve.local import LocalBackend
@@ -95,18 +94,20 @@ def _load(config: ServeConfig, make: Callable[..., LocalBackend] | None = None) 
     torch.set_num_threads(config.threads)
     model = ServedModel.load(config.model, config.store_url, config.device, config.name)
     catalogue = Catalogue(config.states_folder, config.resident_bytes, model.info.version)
-    batch = BatchLimits(rows=config.batch_rows, wait=config.batch_wait_ms / 1000, queue_rows=config.queue_rows)
-    most = config.limits.max_support
-    # Without ``make`` this process adapts.
-    adapter = Adapter(model, catalogue, queue=config.adapt_queue, max_images=most) if make is None else None
+    batch = BatchLimits(
+        rows=config.batch_rows,
+        wait=config.batch_wait_ms / 1000,
+        queue_rows=config.queue_rows,
+        longest=config.max_wait_s,
+    )
     return (make or LocalBackend)(
         model,
         catalogue,
         batch=batch,
-        adapter=adapter,
         data=Path(config.data) if config.data else None,
-        adapt_threads=config.adapt_queue + 2,
-        max_images=most,
+        adapt_queue=config.adapt_queue,
+        max_images=config.limits.max_support,
+        max_steps=config.adapt_steps,
     )
 
 
@@ -163,12 +164,16 @@ def _replica(settings: Mapping[str, Any], adaptation: Any) -> tuple[ServeConfig,
     """The HTTP surface of one replica: predictions here, adaptations there."""
     from serve.http.api import make_api
     from serve.http.auth import Tokens
+    from serve.http.samples import offer_samples
+    from serve.page.samples import Samples
     from serve.remote import RemoteBackend
 
     config = checked(settings)
     tokens = Tokens.read(Path(config.tokens_file)) if config.tokens_file else Tokens()
-    backend = _load(config, partial(RemoteBackend, _Remote(adaptation).ask))
-    return config, make_api(backend, limits=config.limits, tokens=tokens)
+    backend = _load(config, partial(RemoteBackend, _Remote(adaptation).ask, config.adapt_queue + 1))
+    api = make_api(backend, limits=config.limits, tokens=tokens)
+    offer_samples(api, Samples(Path(config.samples) if config.samples else None))
+    return config, api
 
 
 @ray_serve.deployment(name="inference", health_check_period_s=_HEALTH_S, graceful_shutdown_timeout_s=_DRAIN_S)
@@ -311,6 +316,7 @@ def _embedded_ray(processes: int) -> Iterator[None]:
         yield
         return
     remove_dead_sessions(folder)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets answers wait for whatever else runs here
     try:
         ray.init(
             address="local",

@@ -41,6 +41,8 @@ class BatchLimits:
         wait: seconds that the first of a batch waits for company; 0 takes what is there.
         queue_rows: images that may wait, besides those that compute.
         queue_bytes: bytes of images that may wait.
+        longest: seconds that a request may have to wait by the speed of the latest batches; where it would be more, it
+            is refused at once.
         timeout: seconds after which a request that still waits is given up.
     """
 
@@ -49,6 +51,7 @@ class BatchLimits:
     wait: float = 0.0
     queue_rows: int = 1024
     queue_bytes: int = 1 << 30
+    longest: float = 4.0
     timeout: float = 30.0
 
 
@@ -117,6 +120,7 @@ class Batcher:
         self._pump: asyncio.Task[None] | None = None
         self._arrival = asyncio.Event()
         self._rows_per_second = 0.0
+        self._computing = 0
         self._closed = False
 
     async def submit(self, images_BCHW: Tensor, states: Sequence[Delta | None]) -> Tensor:
@@ -139,7 +143,7 @@ class Batcher:
             raise ValueError(f"{rows} rows with {len(states)} states cannot be a request.")
         if self._closed:
             raise Refused(503, "stopping", "The server is stopping.", "Try again in a moment.", retry_after=2)
-        self._admit(rows, images_BCHW.numel() * images_BCHW.element_size())
+        self.check_room(rows, images_BCHW.numel() * images_BCHW.element_size())
         loop, now = asyncio.get_running_loop(), time.monotonic()
         pieces = [
             _Piece(images, tuple(states[start : start + len(images)]), loop.create_future(), now)
@@ -173,12 +177,16 @@ class Batcher:
         """Whether batches are being taken in ``loop``; one that was left behind in an ended loop does not count."""
         return self._pump is not None and not self._pump.done() and self._pump.get_loop() is loop
 
-    def _admit(self, rows: int, nbytes: int) -> None:
-        """Raises Refused (429) when the queue is full; an empty queue takes any request."""
-        limits = self.limits
+    @property
+    def expected_wait(self) -> float:
+        """Seconds until a request that comes now would have its turn; 0 while the speed is not known."""
+        return (self._computing + self.waiting_rows) / self._rows_per_second if self._rows_per_second else 0.0
+
+    def check_room(self, rows: int = 1, nbytes: int = 0) -> None:
+        """Raises Refused (429) when the queue is full or too long; an empty queue takes any request."""
+        limits, wait = self.limits, self.expected_wait
         fits = self.waiting_rows + rows <= limits.queue_rows and self.waiting_bytes + nbytes <= limits.queue_bytes
-        if not fits and self._queue:
-            wait = self.waiting_rows / self._rows_per_second if self._rows_per_second else 1.0
+        if self._queue and not (fits and wait <= limits.longest):
             raise Refused(
                 429,
                 "overloaded",
@@ -248,6 +256,7 @@ class Batcher:
         images = batch[0].images_BCHW if len(batch) == 1 else torch.cat([piece.images_BCHW for piece in batch])
         states = [state for piece in batch for state in piece.states]
         started = time.monotonic()
+        self._computing = len(states)
         try:
             outputs = await asyncio.get_running_loop().run_in_executor(self._thread, self.compute, images, states)
         except Exception as error:  # whatever the model raises belongs to the request that caused it
@@ -258,6 +267,8 @@ class Batcher:
             for piece in batch:  # one by one, so that neighbours of the culprit are served
                 await self._compute([piece])
             return
+        finally:
+            self._computing = 0
         seconds = time.monotonic() - started
         rate = len(states) / max(seconds, 1e-6)
         self._rows_per_second = rate + _RATE_MEMORY * (self._rows_per_second - rate) if self._rows_per_second else rate

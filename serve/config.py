@@ -48,7 +48,11 @@ class ServeConfig(BaseModel):
     batch_rows: int = Field(default=32, ge=1, description="Most images in one forward pass.")
     batch_wait_ms: float = Field(default=0.0, ge=0, le=1000, description="How long a batch waits for company.")
     queue_rows: int = Field(default=1024, ge=1, description="Images that may wait; more are refused with 429.")
+    max_wait_s: float = Field(
+        default=4.0, gt=0, le=30, description="Longest expected wait for a prediction; more is refused with 429."
+    )
     adapt_queue: int = Field(default=32, ge=1, description="Adaptations that may wait; more are refused with 429.")
+    adapt_steps: int = Field(default=1000, ge=1, le=100_000, description="Most optimiser steps of one adaptation.")
     limits: Limits = Field(
         default_factory=Limits, description="What one request may cost: bytes, images, pixels, time."
     )
@@ -56,6 +60,9 @@ class ServeConfig(BaseModel):
         default=None, description="File with one tenant:token a line; null: no authentication."
     )
     data: str | None = Field(default=None, description="Folder with prepared data sets that clients may name.")
+    samples: str | None = Field(
+        default=None, description="Folder of pictures, or of a folder for each domain, that the page offers to try."
+    )
 
     @field_validator("name")
     @classmethod
@@ -94,6 +101,8 @@ def checked(values: Mapping[str, Any]) -> ServeConfig:
         raise SpecError(f"The server's settings do not fit: {wrong}.", "docs/serving.md lists them.") from None
     if config.tokens_file is not None and not Path(config.tokens_file).is_file():
         raise SpecError(f"There is no token file {config.tokens_file}.", "Make it: one tenant:token a line, mode 0600.")
+    if config.samples is not None and not Path(config.samples).is_dir():
+        raise SpecError(f"There is no folder {config.samples} with samples.", "Check the path.")
     if config.front == "direct" and not config.is_loopback and config.tokens_file is None:
         raise SpecError(
             f"Listening on {config.host} lets everybody who reaches this machine use the server.",

@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 from moe.errors import EnvironmentProblem
-from serve.http.server import server_for
+from serve.http.server import MAX_CONNECTIONS, server_for
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -29,14 +29,15 @@ class Front:
         api: the application.
         host: address to listen on.
         port: port to listen on.
+        connections: open at one time; more are answered with 503.
 
     Raises:
         EnvironmentProblem: the address cannot be used, or the application does not start.
     """
 
-    def __init__(self, api: FastAPI, host: str, port: int) -> None:
+    def __init__(self, api: FastAPI, host: str, port: int, connections: int = MAX_CONNECTIONS) -> None:
         self._socket = _listen(host, port)
-        self._server = server_for(api)
+        self._server = server_for(api, connections=connections)
         self._thread = threading.Thread(
             target=self._server.run, args=([self._socket],), name="moepipe-front", daemon=True
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -60,7 +60,8 @@ class Turns:
 
     def __init__(self, at_once: int = 1, queue: int = 32) -> None:
         self.at_once, self.queue = max(1, at_once), max(0, queue)
-        self._free = threading.Semaphore(self.at_once)
+        self._line: deque[threading.Event] = deque()  # a semaphore would let late comers overtake
+        self._running = 0
         self._count = 0
         self._seconds = 1.0
         self._lock = threading.Lock()
@@ -70,14 +71,18 @@ class Turns:
         """Adaptations that compute or wait."""
         return self._count
 
+    def check(self) -> None:
+        """Raises Refused (429) when all places are taken."""
+        if self._count >= self.at_once + self.queue:
+            wait = self._seconds * self._count / self.at_once
+            raise Refused(
+                429, "overloaded", f"{self._count} adaptations run or wait already.", "Try again later.", wait
+            )
+
     def reserve(self) -> None:
         """Take a place; give it back with :meth:`release`. Raises Refused (429) when all are taken."""
         with self._lock:
-            if self._count >= self.at_once + self.queue:
-                wait = self._seconds * self._count / self.at_once
-                raise Refused(
-                    429, "overloaded", f"{self._count} adaptations run or wait already.", "Try again later.", wait
-                )
+            self.check()
             self._count += 1
 
     def release(self) -> None:
@@ -87,13 +92,27 @@ class Turns:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Wait until it is this thread's turn to compute; a place must be reserved."""
-        with self._free:
-            start = time.monotonic()
+        """Wait until it is this thread's turn to compute, first come first served; a place must be reserved."""
+        mine = threading.Event()
+        with self._lock:
+            self._line.append(mine)
+            self._call()
+        mine.wait()
+        start = time.monotonic()
+        try:
             yield
-            took = time.monotonic() - start
-            with self._lock:  # what Retry-After is estimated from
-                self._seconds = 0.7 * self._seconds + 0.3 * took
+        finally:
+            with self._lock:
+                took = time.monotonic() - start
+                self._seconds = 0.7 * self._seconds + 0.3 * took  # what Retry-After is estimated from
+                self._running -= 1
+                self._call()
+
+    def _call(self) -> None:
+        """Let the first in the line compute, as many as may; the lock is held."""
+        while self._line and self._running < self.at_once:
+            self._running += 1
+            self._line.popleft().set()
 
 
 class Jobs:

@@ -8,11 +8,13 @@ A source is one of
 - a run id (``RUN`` takes its first student, else its only model; ``RUN/NODE`` names the member);
 - ``models:/NAME@ALIAS``: a version in MLflow's registry whose tag ``moepipe.artifact`` holds the digest.
 
-A student's experts are found through the record of how it was made: its ``features`` inputs name their networks.
+A student's experts are found through the record of how it was made: its ``features`` inputs name their networks. The
+names of the classes come the same way, from the prepared data set.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -33,6 +35,7 @@ _SERVABLE = (BUNDLE, "student", "model")
 _REGISTRY = re.compile(r"models:/(?P<name>[^@/]+)(?:@(?P<alias>[^@/]+)|/(?P<version>\d+))")
 _DIGITS = re.compile(r"[0-9a-f]{8,64}")
 _NATURAL = re.compile(r"(\d+)")
+_VALUE_NAMES = "value_names.json"  # of a data artifact: metadata column -> names of its values
 
 
 @dataclass(frozen=True)
@@ -156,16 +159,19 @@ def _parts(artifact: Artifact, folder: Path, store: Store | None, name: str) -> 
             f"Serve one of kind {' or '.join(_SERVABLE)}.",
         )
     meta = dict(artifact.meta)
+    class_names = meta.get("class_names", ())
     if artifact.kind == BUNDLE:
         experts = [Network(folder / f"experts/{n}", record) for n, record in enumerate(meta.pop("experts", []))]
     else:
-        experts = _experts_of(artifact, store) if artifact.kind == "student" and store is not None else []
+        made = [] if store is None else [r.parts for r in store.records() if r.artifact == artifact.digest]
+        experts = _experts_of(made, store) if artifact.kind == "student" and store is not None else []
+        class_names = class_names or (_class_names(made, store) if store is not None else ())
     parts = Parts(
         name=plain_name(str(meta.pop("name", "")) or name),
         version=artifact.digest,
         student=Network(folder, meta),
         experts=experts,
-        class_names=tuple(meta.get("class_names", ())),
+        class_names=tuple(class_names),
     )
     return replace(parts, why=_why(parts, store))
 
@@ -179,11 +185,16 @@ def _why(parts: Parts, store: Store | None) -> str:
     return f"the model's experts are not known: {where}"
 
 
-def _experts_of(student: Artifact, store: Store) -> list[Network]:
-    """The networks whose features the student was distilled from, in order; empty when any of them is gone."""
-    for record in store.records():
-        arriving = record.parts.get("input.features", "")
-        if record.artifact == student.digest and arriving:
+def _experts_of(made: Sequence[Mapping[str, str]], store: Store) -> list[Network]:
+    """The networks whose features a student was distilled from, in order; empty when any of them is gone.
+
+    Args:
+        made: parts of the keys under which the student was made.
+        store: where they are looked up.
+    """
+    for parts in made:
+        arriving = parts.get("input.features", "")
+        if arriving:
             try:
                 features = [store.artifact(item.rpartition("@")[2]) for item in arriving.split()]
                 experts = [store.artifact(str(item.meta["expert"])) for item in features]
@@ -191,6 +202,18 @@ def _experts_of(student: Artifact, store: Store) -> list[Network]:
             except (NotFoundError, KeyError):
                 continue
     return []
+
+
+def _class_names(made: Sequence[Mapping[str, str]], store: Store) -> tuple[str, ...]:
+    """Names of the classes in the data set that a network was trained on; empty when it is gone or has none."""
+    for parts in made:
+        try:
+            data = store.artifact(parts.get("input.data", "").rpartition("@")[2])
+            names = json.loads((store.local_path(data) / _VALUE_NAMES).read_text(encoding="utf-8"))
+            return tuple(map(str, names.get("y", ())))
+        except (MoepipeError, OSError, ValueError):
+            continue
+    return ()
 
 
 def _of_run(source: str, store: Store) -> Parts:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from serve.batching import Batcher, BatchFacts, BatchLimits
-from serve.http.backend import Answer, StreamAnswer
+from serve.http.backend import Answer, StreamAnswer, Work
 from serve.known_data import KnownData
 
 if TYPE_CHECKING:
@@ -40,8 +40,9 @@ class LocalBackend:
         batch: limits of a forward pass and of the queue.
         adapter: makes states; made from model and catalogue, when first needed, when left out.
         data: folder of the data sets that clients may name.
-        adapt_threads: adaptations that may wait in this process.
-        max_images: images of one data set.
+        adapt_queue: adaptations that may wait in this process.
+        max_images: of one adaptation, and of one data set.
+        max_steps: of one adaptation.
     """
 
     def __init__(
@@ -51,14 +52,17 @@ class LocalBackend:
         batch: BatchLimits | None = None,
         adapter: Adapter | None = None,
         data: Path | None = None,
-        adapt_threads: int = 40,
+        adapt_queue: int = 32,
         max_images: int = 4096,
+        max_steps: int = 1000,
     ) -> None:
         self.model = model
         self.states = catalogue
         self._adapter = adapter
+        self._queue, self._max_images, self._max_steps = adapt_queue, max_images, max_steps
         self._data = KnownData(data, max_images)
-        self._threads = ThreadPoolExecutor(adapt_threads, thread_name_prefix="moepipe-adapt")
+        # Besides those that wait: the few that compute, and one that is refused.
+        self._threads = ThreadPoolExecutor(adapt_queue + 5, thread_name_prefix="moepipe-adapt")
         self._on_batch: Callable[[BatchFacts], None] | None = None
         self._on_rows: Callable[[str | None, int], None] | None = None
         self._batcher = Batcher(self._compute, batch, self._observed)
@@ -82,8 +86,17 @@ class LocalBackend:
         if self._adapter is None:
             from serve.adapting import Adapter
 
-            self._adapter = Adapter(self.model, self.states)
+            self._adapter = Adapter(
+                self.model, self.states, queue=self._queue, max_images=self._max_images, max_steps=self._max_steps
+            )
         return self._adapter
+
+    def check_room(self, work: Work) -> None:
+        """See :meth:`serve.http.backend.Backend.check_room`."""
+        if work == "predict":
+            self._batcher.check_room()
+        else:
+            self.adapter.turns.check()
 
     async def ready(self) -> bool:
         """The model was loaded and warmed before this object existed."""

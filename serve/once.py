@@ -31,14 +31,20 @@ class Claim:
     Attributes:
         report: what came out before, or None when nothing did.
         since: when the first attempt began, seconds since 1970; None when this is the first.
+        noted: what an attempt that died had noted, see :meth:`note`.
     """
 
     def __init__(self, path: Path, fingerprint: str, known: Mapping[str, Any]) -> None:
         self._path, self._fingerprint = path, fingerprint
         self.report: Mapping[str, Any] | None = known.get("report")
         self.since: float | None = known.get("since")
+        self.noted: Mapping[str, Any] = known.get("noted", {})
         if self.since is None:
             self._write({"fingerprint": fingerprint, "since": time.time()})
+
+    def note(self, **facts: Any) -> None:
+        """Remember for the next attempt, should this one die, how things stood before it published anything."""
+        self._write({"fingerprint": self._fingerprint, "since": self.since or time.time(), "noted": facts})
 
     def finish(self, report: Mapping[str, Any]) -> None:
         """Remember the outcome."""

@@ -2,11 +2,13 @@
 
 What a stream remembers besides its state (moments, averages, the window of the guard) lives in the memory of one
 process. When it is lost, or when somebody else published, rolled back or deleted the state, the stream goes on from
-what the catalogue holds, with a fresh memory. A batch that is dropped publishes nothing.
+what the catalogue holds, with a fresh memory. A batch that is dropped publishes nothing. The same batch under the same
+idempotency key is followed once, also when the process died before it could answer.
 """
 
 from __future__ import annotations
 
+import base64
 import threading
 import time
 from collections import OrderedDict
@@ -14,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +29,8 @@ from serve.requests import AdaptReport, AdaptRequest
 
 if TYPE_CHECKING:
     from serve.adapting import Adapter
+    from serve.once import Claim
+    from serve.records import StateRecord
 
 _MOST = 64
 
@@ -38,7 +43,6 @@ class _Running:
     settings: Mapping[str, Any]
     version: int | None
     lock: threading.Lock = field(default_factory=threading.Lock)
-    last: tuple[str, StreamAnswer] | None = None  # fingerprint under the last idempotency key
 
 
 class Streams:
@@ -68,16 +72,60 @@ class Streams:
             raise SpecError("A stream has no dry run.", "Adapt once with dry_run, or follow under another name.")
         self._adapter.turns.reserve()
         try:
-            running = self._take(plan)
-            with running.lock:
-                if request.idempotency_key is None:
-                    return self._follow(plan, running)
-                mark = f"{request.idempotency_key}\n{plan.fingerprint}"
-                if running.last is None or running.last[0] != mark:
-                    running.last = (mark, self._follow(plan, running))
-                return running.last[1]
+            key = request.idempotency_key
+            if key is None:
+                return self._next(plan, None)
+            with self._adapter.once.claim(request.tenant, f"stream {key}", plan.fingerprint) as claim:
+                if claim.report is not None:
+                    return _answer(claim.report)
+                answer = self._next(plan, claim)
+                claim.finish(_plain(answer))
+                return answer
         finally:
             self._adapter.turns.release()
+
+    def _next(self, plan: Plan, claim: Claim | None) -> StreamAnswer:
+        running = self._take(plan)
+        with running.lock:
+            if claim is not None and claim.since is not None:
+                record = self._published(plan.request, claim)
+                if record is not None:
+                    return self._take_up(plan, record)
+            if claim is not None:
+                claim.note(version=running.version)
+            return self._follow(plan, running)
+
+    def _published(self, request: AdaptRequest, claim: Claim) -> StateRecord | None:
+        """What an attempt that died has published under the same key, if it had come so far."""
+        try:
+            record = self._adapter.catalogue.get(request.tenant, request.name)
+        except NotFoundError:
+            return None
+        since = claim.since or 0.0
+        moved = "version" in claim.noted and record.version != claim.noted["version"] and record.created >= since - 1
+        return record if moved and record.method == request.method else None
+
+    def _take_up(self, plan: Plan, record: StateRecord) -> StreamAnswer:
+        """The answer that the dead attempt owed: the predictions of the state it published."""
+        adapter, request = self._adapter, plan.request
+        with adapter.turns.turn():
+            delta = adapter.catalogue.resident(request.tenant, request.name, record.version)
+            images = adapter.model.preprocess(request.images)
+            logits_SK = adapter.model.predict(images, [delta] * len(images))
+        report = AdaptReport(
+            name=record.name,
+            method=record.method,
+            support=record.support,
+            steps=0,  # how many the attempt took died with it
+            loss_before=record.loss_before,
+            loss_after=record.loss_after,
+            expert_weights=record.expert_weights,
+            collapse=record.collapse,
+            seconds=record.seconds,
+            record=record,
+            bytes=record.bytes,
+        )
+        return StreamAnswer(logits_SK.float().cpu().numpy(), report)
 
     def _take(self, plan: Plan) -> _Running:
         """The stream as it goes on: in memory if it still is what the catalogue holds, else from the catalogue."""
@@ -139,3 +187,15 @@ class Streams:
             report = replace(report, bytes=delta.nbytes, record=record)
             running.version = record.version
         return StreamAnswer(step.logits_SK.detach().float().cpu().numpy(), report)
+
+
+def _plain(answer: StreamAnswer) -> dict[str, Any]:
+    """As JSON. Inverse: :func:`_answer`."""
+    raw = np.ascontiguousarray(answer.logits_BK, dtype="<f4")
+    logits = {"shape": list(raw.shape), "base64": base64.b64encode(raw.tobytes()).decode("ascii")}
+    return {"logits": logits, "report": answer.report.to_json()}
+
+
+def _answer(plain: Mapping[str, Any]) -> StreamAnswer:
+    raw = np.frombuffer(base64.b64decode(plain["logits"]["base64"]), dtype="<f4")
+    return StreamAnswer(raw.reshape(plain["logits"]["shape"]), AdaptReport.from_json(plain["report"]))

@@ -70,7 +70,7 @@ def descend(
     moved: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     steps: int,
-    loss: Callable[[Tensor], Tensor | None],
+    loss: Callable[[Tensor, Tensor], Tensor | None],
     support_images: Tensor,
     batch_size: int,
     generator: torch.Generator,
@@ -82,7 +82,7 @@ def descend(
         moved: leaves, changed in place.
         optimizer: over ``moved``.
         steps: draws.
-        loss: of the drawn images ``[B, C, H, W]``, with a graph.
+        loss: of the drawn images ``[B, C, H, W]``, with a graph; is also told their rows, int64 ``[B]``.
         support_images: ``[S, C, H, W]``.
         batch_size: B, at most S.
         generator: draws the rows.
@@ -91,13 +91,43 @@ def descend(
     for step in range(steps):
         rows = torch.randperm(support_images.shape[0], generator=generator, device=generator.device)[:batch_size]
         with torch.enable_grad():
-            value = loss(support_images[rows.to(support_images.device)])
+            value = loss(support_images[rows.to(support_images.device)], rows)
         if value is not None:
             gradients = torch.autograd.grad(value, list(moved.values()), allow_unused=True)
             for parameter, gradient in zip(moved.values(), gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
         tick(step + 1, steps)
+
+
+class Opening:
+    """Predictions before the first step: of the first step's own pass where that sees every image, else of a pass.
+
+    Args:
+        model: not changed.
+        images: the support images ``[S, C, H, W]``.
+        adapted: tensors that replace the model's at the beginning.
+        batch_size: images of a step; from S on no pass of its own is needed.
+        chunk: images of the pass that is made otherwise; None: all at once.
+    """
+
+    def __init__(
+        self, model: Student, images: Tensor, adapted: Mapping[str, Tensor], batch_size: int, chunk: int | None
+    ) -> None:
+        whole = batch_size >= images.shape[0]
+        self._logits = None if whole else predict_in_chunks(model, images, adapted, chunk)
+
+    def seen(self, logits_BK: Tensor, rows_B: Tensor) -> None:
+        """Told the logits of every step; only the first one counts."""
+        if self._logits is None:
+            self._logits = torch.empty_like(logits_BK.detach())
+            self._logits[rows_B.to(logits_BK.device)] = logits_BK.detach()
+
+    @property
+    def logits(self) -> Tensor:
+        """Once the first step was taken: logits ``[S, K]``."""
+        assert self._logits is not None
+        return self._logits
 
 
 def remember(optimizer: torch.optim.Optimizer, moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -125,19 +155,24 @@ def probabilities(task: str, logits_BK: Tensor) -> Tensor:
     Raises:
         SpecError: a regression has none.
     """
+    return _log_probabilities(task, logits_BK).exp()
+
+
+def _log_probabilities(task: str, logits_BK: Tensor) -> Tensor:
+    """Logarithm of :func:`probabilities`; finite for finite logits."""
     wide_BK = logits_BK.float() if logits_BK.dtype in (torch.bfloat16, torch.float16) else logits_BK
     if task == "multiclass":
-        return wide_BK.softmax(dim=-1)
+        return wide_BK.log_softmax(dim=-1)
     if task == "binary":
-        return torch.cat([(-wide_BK).sigmoid(), wide_BK.sigmoid()], dim=1)
+        return torch.nn.functional.logsigmoid(torch.cat([-wide_BK, wide_BK], dim=1))
     raise SpecError(f"Task {task!r} predicts no distribution, so it has no entropy.", "Use bn or distill instead.")
 
 
 def entropy_rows(task: str, logits_BK: Tensor) -> Tensor:
     """Entropy of each row's predicted distribution in nats, ``[B]``; arguments as :func:`probabilities`."""
-    p_BC = probabilities(task, logits_BK)
-    entropy_B: Tensor = torch.special.entr(p_BC).sum(dim=-1)
-    return entropy_B
+    log_BC = _log_probabilities(task, logits_BK)
+    # Not torch.special.entr of the probabilities: its gradient is infinite where one is zero in floating point.
+    return -(log_BC.exp() * log_BC).sum(dim=-1)
 
 
 def predict_in_chunks(

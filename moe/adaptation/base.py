@@ -64,6 +64,8 @@ class AdaptResult:
         expert_weights: share of the aggregator's attention that each expert received, summing to 1, where it was used.
         logits_before: ``[S, K]`` of the model on the support batch, where the method came by them; saves a pass.
         logits_after: the same with ``delta``.
+        logits_near: the same up to rounding of the statistics, ``[S, K]``, from a pass that was made anyway; shows that
+            nothing collapsed, but is not the state's answer.
         memory: what the method wants to be given at the next batch of a stream (moments, averages), by name.
         facts: other numbers worth telling, by name.
     """
@@ -76,6 +78,7 @@ class AdaptResult:
     expert_weights: tuple[float, ...] | None = None
     logits_before: Tensor | None = None
     logits_after: Tensor | None = None
+    logits_near: Tensor | None = None
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     facts: Mapping[str, float] = field(default_factory=dict)
 

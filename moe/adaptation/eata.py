@@ -70,22 +70,23 @@ class Method(Adaptation[Config]):
         """See the base class. Raises SpecError for regression and for models without normalisation layers."""
         import torch
 
-        from moe.adaptation._norm import descend, opening, predict_in_chunks, recall, remember
+        from moe.adaptation._norm import Opening, descend, opening, predict_in_chunks, recall, remember
         from moe.losses import entropy
 
         config, known = self.config, dict(memory or {})
         generator = generator if generator is not None else torch.Generator().manual_seed(0)
         fixed, moved = opening(model, support_images, config.statistics)
-        start = predict_in_chunks(model, support_images, {**fixed, **moved}, config.chunk)
-        before = float(entropy(self.task, start))
+        first = Opening(model, support_images, {**fixed, **moved}, config.batch_size, config.chunk)
         if config.fisher and not all(FISHER + name in known for name in moved):
             known.update(self._fisher(model, support_images, fixed, moved))
         for name, value in moved.items() if config.fisher else ():
             known.setdefault(ANCHOR + name, value.detach().clone())
         selection = Selection(config, self.task, known.get(AVERAGE))
 
-        def loss(images: Tensor) -> Tensor | None:
-            value = selection(model.run(images, {**fixed, **moved}).logits_BK)
+        def loss(images: Tensor, rows: Tensor) -> Tensor | None:
+            logits = model.run(images, {**fixed, **moved}).logits_BK
+            first.seen(logits, rows)
+            value = selection(logits)
             if value is None or not config.fisher:
                 return value
             return value + config.fisher * _penalty(moved, known)
@@ -101,10 +102,10 @@ class Method(Adaptation[Config]):
         return AdaptResult(
             model,
             delta,
-            before,
+            float(entropy(self.task, first.logits)),
             float(entropy(self.task, logits)),
             steps=selection.steps,
-            logits_before=None if fixed else start,
+            logits_before=None if fixed else first.logits,
             logits_after=logits,
             memory={**remember(optimizer, moved), **kept},
             facts=selection.facts(),

@@ -13,6 +13,12 @@ The second needs ``min_images`` images and a base model that predicts more than 
 one class: then base and adapted state agree about it, or the limit is to be lowered. Rollback is the caller's part and
 simple, since methods never change a model: the new delta is dropped.
 
+With ``brief`` no pass is made whose outcome could not change the verdict: the base's class entropy is at most that of
+all classes alike, so a state whose entropy is enough even against that needs no pass of the base; and logits that are
+nearly the state's (``AdaptResult.logits_near``) acquit a state that is far from every limit; they never convict, and
+whatever lies near a limit is looked at exactly. The first is a proof, the second a margin: batch norm's estimating pass
+predicts with the batch's variance, the state with the unbiased one.
+
 Shapes: S images, K outputs.
 """
 
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
     from moe.student import Student
 
 Criterion = Literal["not-finite", "class-entropy", "loss"]
+_CLEAR = 1.5  # factor above a limit from which predictions that are right up to rounding decide
 _MANY_CLASSES = 0.05  # nats (or relative spread): below it the base says one thing itself, and there is nothing to lose
 
 
@@ -61,11 +68,11 @@ class Check:
             is wrong.
         images: images looked at.
         entropy_before: entropy of the classes that the base model predicts, nats (regression: standard deviation of its
-            values); None when there was nothing to look at.
+            values); None when nothing was looked at, or the verdict did not need it.
         entropy_after: the same of the adapted state.
-        top_share_before: share of the class that the base predicts most; None for a regression.
+        top_share_before: share of the class that the base predicts most; None for a regression, and as above.
         top_share_after: the same of the adapted state.
-        changed: share of images whose predicted class changed; None for a regression.
+        changed: share of images whose predicted class changed; None for a regression, and as above.
     """
 
     collapsed: bool
@@ -83,7 +90,14 @@ class Check:
         return asdict(self)
 
 
-def check(model: Student, images: Tensor, result: AdaptResult, task: str, spec: GuardSpec | None = None) -> Check:
+def check(
+    model: Student,
+    images: Tensor,
+    result: AdaptResult,
+    task: str,
+    spec: GuardSpec | None = None,
+    brief: bool = False,
+) -> Check:
     """Judge what a method handed back.
 
     The logits that the method came by are used; passes are made only for what is missing.
@@ -94,6 +108,7 @@ def check(model: Student, images: Tensor, result: AdaptResult, task: str, spec: 
         result: outcome of adapting ``model`` itself on ``images``.
         task: ``multiclass``, ``binary`` or ``regression``.
         spec: limits; the defaults when left out.
+        brief: make no pass that the verdict does not need; figures that would need it are None.
     """
     from moe.adaptation._norm import predict_in_chunks
     from moe.losses import predict
@@ -107,8 +122,16 @@ def check(model: Student, images: Tensor, result: AdaptResult, task: str, spec: 
     rows = _spread_rows(images.shape[0], spec.max_images)
     seen = images if len(rows) == images.shape[0] else images[rows]
     before, after = result.logits_before, result.logits_after
-    before = predict_in_chunks(model, seen, None, spec.max_images) if before is None else before[rows]
+    if brief and before is None and after is None and result.logits_near is not None:
+        acquitted = _acquitted(result.logits_near[rows], result, task, spec, _CLEAR)
+        if acquitted is not None:
+            return acquitted
     after = predict_in_chunks(model, seen, result.delta, spec.max_images) if after is None else after[rows]
+    if brief and before is None:
+        acquitted = _acquitted(after, result, task, spec)
+        if acquitted is not None:
+            return acquitted
+    before = predict_in_chunks(model, seen, None, spec.max_images) if before is None else before[rows]
     if not bool(after.isfinite().all()):
         return Check(True, "not-finite", "The adapted model's predictions are NaN or infinite.", len(rows))
     return judge(predict(task, before), predict(task, after), result, task, spec)
@@ -153,6 +176,32 @@ def judge(before_S: Tensor, after_S: Tensor, result: AdaptResult, task: str, spe
     return Check(criterion is not None, criterion, reason, count, **facts)
 
 
+def _acquitted(after_SK: Tensor, result: AdaptResult, task: str, spec: GuardSpec, clear: float = 1.0) -> Check | None:
+    """The check when ``after_SK`` alone shows that no criterion is met, whatever the base says; else None.
+
+    Args:
+        after_SK: logits of the adapted state.
+        result: its losses are compared.
+        task: decides how classes are counted; values of a regression have no highest spread.
+        spec: limits.
+        clear: factor above the limit that is asked for.
+    """
+    from moe.losses import predict
+
+    count = after_SK.shape[0]
+    if not bool(after_SK.isfinite().all()) or (spec.enabled and _grew(result, spec.loss_growth)):
+        return None
+    after_S = predict(task, after_SK)
+    facts = _side(after_S, task)
+    if spec.enabled and count >= spec.min_images:
+        if task == "regression":
+            return None
+        highest = math.log(min(count, 2 if task == "binary" else after_SK.shape[1]))
+        if facts["entropy"] < clear * spec.keep_entropy * highest:
+            return None
+    return Check(False, images=count, entropy_after=facts["entropy"], top_share_after=facts.get("top_share"))
+
+
 def _grew(result: AdaptResult, factor: float) -> bool:
     if result.loss_before is None or result.loss_after is None:
         return False
@@ -160,20 +209,17 @@ def _grew(result: AdaptResult, factor: float) -> bool:
 
 
 def _facts(before_S: Tensor, after_S: Tensor, task: str) -> dict[str, Any]:
+    sides = {"before": _side(before_S, task), "after": _side(after_S, task)}
+    facts: dict[str, Any] = {f"{key}_{when}": value for when, side in sides.items() for key, value in side.items()}
+    return facts if task == "regression" else {**facts, "changed": float((before_S != after_S).double().mean())}
+
+
+def _side(predicted_S: Tensor, task: str) -> dict[str, float]:
+    """Entropy of the predicted classes and share of the most frequent one; for a regression the spread alone."""
     if task == "regression":
-        return {
-            "entropy_before": float(before_S.double().std(correction=0)),
-            "entropy_after": float(after_S.double().std(correction=0)),
-        }
-    shares = [_shares(before_S), _shares(after_S)]
-    entropies = [float(-(p * p.log()).sum()) + 0.0 for p in shares]
-    return {
-        "entropy_before": max(0.0, entropies[0]),
-        "entropy_after": max(0.0, entropies[1]),
-        "top_share_before": float(shares[0].max()),
-        "top_share_after": float(shares[1].max()),
-        "changed": float((before_S != after_S).double().mean()),
-    }
+        return {"entropy": float(predicted_S.double().std(correction=0))}
+    p_C = _shares(predicted_S)
+    return {"entropy": max(0.0, float(-(p_C * p_C.log()).sum())), "top_share": float(p_C.max())}
 
 
 def _shares(classes_S: Tensor) -> Tensor:

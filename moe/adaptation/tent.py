@@ -55,18 +55,20 @@ class Method(Adaptation[Config]):
         """See the base class. Raises SpecError for regression and for models without normalisation layers."""
         import torch
 
-        from moe.adaptation._norm import descend, opening, predict_in_chunks, recall, remember
+        from moe.adaptation._norm import Opening, descend, opening, predict_in_chunks, recall, remember
         from moe.losses import entropy
 
         config = self.config
         generator = generator if generator is not None else torch.Generator().manual_seed(0)
         fixed, moved = opening(model, support_images, config.statistics)
 
-        def loss(images: Tensor) -> Tensor:
-            return entropy(self.task, model.run(images, {**fixed, **moved}).logits_BK)
+        first = Opening(model, support_images, {**fixed, **moved}, config.batch_size, config.chunk)
 
-        start = predict_in_chunks(model, support_images, {**fixed, **moved}, config.chunk)
-        before = float(entropy(self.task, start))
+        def loss(images: Tensor, rows: Tensor) -> Tensor:
+            logits = model.run(images, {**fixed, **moved}).logits_BK
+            first.seen(logits, rows)
+            return entropy(self.task, logits)
+
         optimizer = torch.optim.Adam(moved.values(), lr=config.lr)
         recall(optimizer, moved, memory)
         descend(moved, optimizer, config.steps, loss, support_images, config.batch_size, generator, self._tick)
@@ -75,10 +77,10 @@ class Method(Adaptation[Config]):
         return AdaptResult(
             model,
             delta,
-            before,
+            float(entropy(self.task, first.logits)),
             float(entropy(self.task, logits)),
             steps=config.steps,
-            logits_before=None if fixed else start,
+            logits_before=None if fixed else first.logits,
             logits_after=logits,
             memory=remember(optimizer, moved),
         )

@@ -2,7 +2,9 @@
 
 Nothing is started here. The artifact holds a Ray Serve config that names the model by digest and the app by import
 path, and a manifest that says what will be served, so that what was trained and what is deployed are tied together by
-content. Where the store lies is not part of it: ``MOEPIPE_STORE`` says so on the machine that serves.
+content. Where the store lies is not part of it: ``MOEPIPE_STORE`` says so on the machine that serves. With
+``register_as`` the model gets a name in MLflow's registry besides; ``orchestrator.projection`` writes it, since a stage
+only makes files.
 """
 
 from __future__ import annotations
@@ -36,6 +38,16 @@ class DeployConfig(StageConfig):
     resident_mb: int = Field(default=256, ge=1, description="MB of domain states that each process holds in memory")
     tokens_file: str | None = Field(
         default=None, description="path, on the servers, of the file with tenant:token lines"
+    )
+    register_as: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="name in MLflow's model registry; null: not registered",
+    )
+    alias: str = Field(
+        default="champion",
+        pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$",
+        description="alias that the first seed's model gets there; serve it as models:/NAME@ALIAS",
     )
 
 
@@ -78,6 +90,8 @@ class Stage(StageBase[DeployConfig]):
             "adapts_by_distillation": "aggregator" in served.meta,
             "import_path": IMPORT_PATH,
         }
+        if config.register_as is not None:
+            manifest["registry"] = {"name": config.register_as, "alias": config.alias}
         (context.output / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1, sort_keys=True))
         context.log(
             f"Start it: moepipe serve {served.digest[:12]}, or on a cluster, with MOEPIPE_STORE set, "

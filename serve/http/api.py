@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
+from fastapi_offline import FastAPIOffline
 from starlette.responses import Response
 
 from serve.http import errors, oip, predict, states
@@ -45,7 +46,7 @@ def make_api(
         yield
         await backend.close()
 
-    app = FastAPI(
+    app = FastAPIOffline(  # /docs with assets of this server instead of a content network's
         title="moepipe",
         version=version("moepipe"),
         description=DESCRIPTION,
@@ -53,6 +54,9 @@ def make_api(
         redirect_slashes=False,
         docs_url="/docs",
         redoc_url=None,
+        static_url="/docs/assets",
+        favicon_url="icon.svg" if page else None,
+        swagger_ui_parameters={"validatorUrl": None},
     )
     metrics = Metrics(name_domains=not tokens.required)
     app.state.backend, app.state.limits, app.state.tokens, app.state.metrics = backend, limits, tokens, metrics
@@ -70,7 +74,7 @@ def make_api(
     if page:
         for file in page_files():
             _serve_file(app, file)
-    app.add_middleware(Guard, limits=limits, observe=metrics.on_request)
+    app.add_middleware(Guard, limits=limits, observe=metrics.on_request, check_room=backend.check_room)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from serve.catalogue import Catalogue
     from serve.info import ServedInfo
     from serve.records import StateRecord
+
+Work = Literal["predict", "adapt"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class Backend(Protocol):
     @property
     def catalogue(self) -> Catalogue:
         """The domain states; its calls read and write small files and run in a thread."""
+        ...
+
+    def check_room(self, work: Work) -> None:
+        """Asked before the body of a request is read. Raises Refused (429) when there is no place for more ``work``."""
         ...
 
     async def ready(self) -> bool:

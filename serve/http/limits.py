@@ -1,8 +1,9 @@
 """What a request may cost, and the ASGI layer that holds it to that before anything reads the body.
 
-The layer refuses by declared length before the first byte is read, counts what arrives, gives the sender a time for
-the whole body and for each pause (slow-loris), and bounds the bytes of all bodies in flight together, so that memory
-stays flat whatever is sent. Headers are the web server's affair: see :mod:`serve.http.server`.
+The layer refuses by declared length, and work that has no place in the queue, before the first byte is read: what is
+thrown away must cost next to nothing, or an overloaded server does nothing else. It counts what arrives, gives the
+sender a time for the whole body and for each pause (slow-loris), and bounds the bytes of all bodies in flight together,
+so that memory stays flat whatever is sent. Headers are the web server's affair: see :mod:`serve.http.server`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from collections.abc import Callable
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.http.backend import Work
 from serve.http.errors import internal_response, problem_response
 from serve.http.problems import Refused, too_large
 
 MIB = 1 << 20
 CHARGE = "moepipe.charge"
 Observe = Callable[[str, str, int, float], None]
+CheckRoom = Callable[[Work], None]
 
 
 class Limits(BaseModel):
@@ -51,12 +54,16 @@ class Guard:
         app: what is guarded.
         limits: the bounds.
         observe: called with (method, route, status, seconds) after each answer.
+        check_room: called before a body is read; raises Refused when there is no place for such work.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, observe: Observe | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, limits: Limits, observe: Observe | None = None, check_room: CheckRoom | None = None
+    ) -> None:
         self.app = app
         self.limits = limits
         self.observe = observe
+        self.check_room = check_room
         self.held = 0
         self.running = 0
 
@@ -105,10 +112,13 @@ class _Body:
         self.complete = False
 
     def admit(self, scope: Scope) -> None:
-        """Refuse by what is known before reading: concurrency and the declared length."""
+        """Refuse by what is known before reading: concurrency, full queues and the declared length."""
         guard, limits = self.guard, self.guard.limits
         if guard.running > limits.max_requests:
             raise Refused(503, "overloaded", "Too many requests are in flight.", "Try again later.", retry_after=1)
+        work = work_of(scope)
+        if work is not None and guard.check_room is not None:
+            guard.check_room(work)
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
         if not declared:
             return
@@ -153,6 +163,18 @@ class _Body:
             raise _full()
         self.charged += count
         self.guard.held += count
+
+
+def work_of(scope: Scope) -> Work | None:
+    """What a request asks to compute; None for those that only read or write small files."""
+    if scope["method"] != "POST":
+        return None
+    path: str = scope["path"]
+    if path == "/v1/predict" or (path.startswith("/v2/") and path.endswith("/infer")):
+        return "predict"
+    if path.startswith("/v1/stream/") or (path.startswith("/v1/states/") and path.count("/") == 3):
+        return "adapt"
+    return None
 
 
 def charge(scope: Scope, count: int) -> None:

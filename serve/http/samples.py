@@ -24,7 +24,7 @@ def offer_samples(api: FastAPI, samples: Samples) -> None:
         """Names of the sample images."""
         return Json(await run_in_threadpool(samples.listing))
 
-    @router.get("/v1/samples/{name}")
+    @router.get("/v1/samples/{name:path}")
     async def read(name: str) -> Response:
         """One sample image."""
         content, media_type = await run_in_threadpool(samples.read, name)

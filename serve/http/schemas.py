@@ -141,7 +141,7 @@ class PredictAnswer(_Answer):
 
 
 class StreamPrediction(_Answer):
-    """The next images of a stream, predicted before the state followed them."""
+    """The next images of a stream, predicted by the state after it followed them."""
 
     model: str
     state: str | None

@@ -92,12 +92,13 @@ export async function exportState(name) {
   return { blob: await response.blob(), filename: given ? given[1] : `${name}.safetensors` };
 }
 
-/** Names of the sample images, empty when the server offers none. */
+/** Names and domains of the sample images, empty when the server offers none. */
 export async function listSamples() {
   try { return (await json("v1/samples")).samples ?? []; } catch { return []; }
 }
 
 export async function readSample(sample) {
-  const blob = await (await request(`v1/samples/${encodeURIComponent(sample.name)}`)).blob();
-  return new File([blob], sample.name, { type: blob.type });
+  const parts = sample.name.split("/");
+  const blob = await (await request(`v1/samples/${parts.map(encodeURIComponent).join("/")}`)).blob();
+  return new File([blob], parts.at(-1), { type: blob.type });
 }

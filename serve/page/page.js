@@ -21,6 +21,7 @@ const MEANING = {
 const { plural } = views;
 let states = []; // current versions, the latest first
 let current = ""; // the state whose predictions are shown
+let suggested = at("name").value; // what the page itself wrote into the name
 
 /* The model and its methods */
 
@@ -54,13 +55,25 @@ function requireImages() {
 
 async function offerSamples() {
   const samples = await api.listSamples();
-  const button = at("samples");
+  const domains = [...new Set(samples.map(({ domain }) => domain))];
+  const [button, select] = [at("samples"), at("sample-domain")];
   button.hidden = samples.length === 0;
+  at("sample-field").hidden = domains.length < 2;
+  select.replaceChildren(...domains.map((domain) => views.el("option", { value: domain }, domain || "(no folder)")));
   button.onclick = () => guarded(button, async () => {
-    const files = await Promise.all(samples.map(api.readSample));
+    const domain = domains.length < 2 ? domains[0] : select.value;
+    const files = await Promise.all(samples.filter((sample) => sample.domain === domain).map(api.readSample));
     clearImages();
     addImages(files);
+    nameAfter(domain);
   });
+}
+
+/** The name of the state follows the sample domain until somebody types another one. */
+function nameAfter(domain) {
+  const field = at("name");
+  const plain = domain.replace(/[^A-Za-z0-9_-]+/g, "-").replace(/^[-_]+/, "").slice(0, 64);
+  if (plain && field.value === suggested) field.value = suggested = plain;
 }
 
 /* Predictions */

@@ -259,7 +259,7 @@ def test_a_failed_job_tells_why_and_a_repeated_start_is_the_same_job(adapter, su
 
 
 def test_more_than_may_wait_are_refused_and_room_comes_back(served_model, catalogue, support):
-    adapter = Adapter(served_model, catalogue, queue=1)
+    adapter = Adapter(served_model, catalogue, at_once=1, queue=1)
     entered, leave = threading.Event(), threading.Event()
 
     def hold(done, total):
@@ -298,6 +298,24 @@ def test_one_computes_at_a_time():
     for thread in threads:
         thread.join()
     assert most == [1] * 6 and turns.taken == 0
+
+
+def test_nobody_is_overtaken():
+    turns, order, threads = Turns(1, 9), [], []
+
+    def work(number):
+        with turns.turn():
+            order.append(number)
+
+    with turns.turn():
+        for number in range(6):
+            threads.append(threading.Thread(target=work, args=(number,)))
+            threads[-1].start()
+            while len(turns._line) <= number:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert order == list(range(6))
 
 
 def test_concurrent_adaptations_do_not_mix(served_model, catalogue, domain_images):
@@ -387,6 +405,31 @@ def test_a_stream_goes_on_from_the_catalogue(adapter, served_model, support):
 
 def test_a_repeated_batch_of_a_stream_counts_once(adapter, support):
     asked = request(support, "tent", options=GENTLE, idempotency_key="k")
-    assert adapter.stream(asked) is adapter.stream(asked)
+    first, second = adapter.stream(asked), adapter.stream(asked)
+    assert first.report == second.report and np.array_equal(first.logits_BK, second.logits_BK)
+    assert adapter.catalogue.get("tenant", "site").version == 1
+    restarted = Adapter(adapter.model, adapter.catalogue)
+    assert restarted.stream(asked).report == first.report
+    with pytest.raises(Refused, match="another request"):
+        restarted.stream(request(support[:-1], "tent", options=GENTLE, idempotency_key="k"))
     with pytest.raises(SpecError, match="dry run"):
         adapter.stream(request(support, dry_run=True))
+
+
+def test_a_batch_whose_process_died_after_publishing_is_not_followed_twice(adapter, support, monkeypatch):
+    from serve.once import Claim
+
+    def die(self, report):
+        raise KeyboardInterrupt
+
+    asked = request(support, "tent", options=GENTLE, idempotency_key="k")
+    adapter.stream(request(support, "tent", options=GENTLE))
+    with monkeypatch.context() as patch:
+        patch.setattr(Claim, "finish", die)
+        with pytest.raises(KeyboardInterrupt):
+            adapter.stream(asked)
+    record = adapter.catalogue.get("tenant", "site")
+    answer = Adapter(adapter.model, adapter.catalogue).stream(asked)
+    assert record.version == 2 and answer.report.record == record
+    logits = adapter.model.predict(adapter.model.preprocess(support), adapter.catalogue.resident("tenant", "site"))
+    np.testing.assert_allclose(answer.logits_BK, logits.numpy(), rtol=1e-4, atol=1e-5)

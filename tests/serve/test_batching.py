@@ -112,6 +112,27 @@ def test_a_full_queue_refuses_at_once_and_the_accepted_are_served():
     asyncio.run(main())
 
 
+def test_a_queue_that_is_long_by_the_present_speed_refuses_too():
+    gate = Gate()
+
+    async def main():
+        batcher = Batcher(gate, BatchLimits(rows=4, queue_rows=100, longest=0.5))
+        batcher._rows_per_second = 2.0
+        first = await held(gate, batcher)
+        accepted = asyncio.create_task(batcher.submit(rows(0), [None]))
+        await asyncio.sleep(0.01)
+        assert batcher.expected_wait == 1.0
+        with pytest.raises(Refused) as caught:
+            await batcher.submit(rows(9), [None])
+        assert caught.value.status == 429
+        gate.open.set()
+        assert [float(answer) for answer in await asyncio.gather(first, accepted)] == [100, 0]
+        assert batcher.expected_wait == 0
+        await batcher.close()
+
+    asyncio.run(main())
+
+
 def test_a_failing_request_does_not_hurt_its_neighbours():
     def fragile(images, states):
         if (images < 0).any():

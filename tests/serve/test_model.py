@@ -1,3 +1,4 @@
+import json
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from serve.info import ServedInfo
 from serve.loading import locate, write_bundle
 from serve.mixed import MixedTwin
 from serve.model import ServedModel
+from tests.serve import making
 from workers.modelfile import MODEL_FILE, model_meta, save_aggregator, save_tensors
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -94,23 +96,34 @@ def test_a_student_of_a_store_finds_its_experts(served_folder, served_model, tmp
         (folder / "x").write_text(expert.digest)
         features.append(store.commit(folder, "features", {"expert": expert.digest}))
     arriving = " ".join(f"group={n}@{f.digest}" for n, f in enumerate(features))
+    folder = store.staging()
+    (folder / "value_names.json").write_text(json.dumps({"y": making.NAMES}))
+    data = store.commit(folder, "data", {"dataset": "rotated14"})
     meta = {k: v for k, v in bundle.student.meta.items() if k not in ("name", "class_names")}
     student = commit(
-        "student", bundle.student, meta, Key("a" * 64, {"input.features": arriving}), ("aggregator.safetensors",)
+        "student",
+        bundle.student,
+        meta,
+        Key("a" * 64, {"input.features": arriving, "input.data": f"@{data.digest}"}),
+        ("aggregator.safetensors",),
     )
     model = ServedModel.load(student.digest[:10], str(tmp_path / "store"), name="Digits & co")
     assert model.info.name == "Digits-co" and model.info.version == student.digest
     assert model.info.experts == 3 and model.info.methods["distill"] is None
+    assert model.info.class_names == making.NAMES  # those of the data that it was trained on
     x = torch.rand(4, 1, 28, 28)
     assert torch.equal(model.tokens(x), served_model.tokens(x)) and torch.equal(
         model.predict(x), served_model.predict(x)
     )
     again = tmp_path / "again"
-    assert write_bundle(locate(student.digest, store.url), again) == ServedModel.load(str(again)).info.version
+    digest = write_bundle(locate(student.digest, store.url), again)
+    copied = ServedModel.load(str(again)).info
+    assert copied.version == digest and copied.class_names == making.NAMES
     with pytest.raises(SpecError, match="'features'"):
         ServedModel.load(features[0].digest, store.url)
     lonely = ServedModel.load(str(store.local_path(student)))
     assert "no store" in lonely.info.methods["distill"] and lonely.info.methods["bn"] is None
+    assert lonely.info.class_names == tuple("0123456789")
     with pytest.raises(SpecError, match="no experts"):
         lonely.tokens(x)
 

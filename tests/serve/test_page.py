@@ -179,10 +179,39 @@ def test_chosen_files_can_be_predicted_without_a_state(page, server, pictures):
 
 def test_the_sample_images_of_the_server_can_be_tried(page):
     assert page.run("!document.querySelector('#samples').hidden")
+    assert page.run("document.querySelector('#sample-field').hidden")  # there is one folder: nothing to choose
     page.click("#samples")
     page.until(f"document.querySelectorAll('#thumbs li').length === {COUNT}")
     page.click("#predict")
     page.until(f"document.querySelectorAll('.card').length === {COUNT}")
+
+
+def test_sample_domains_are_chosen_by_name(browser, served_model, tmp_path, pictures):
+    for domain, files in (("north wing", pictures[:3]), ("south", pictures[3:8])):
+        (tmp_path / "samples" / domain).mkdir(parents=True)
+        for file in files:
+            (tmp_path / "samples" / domain / file.name).write_bytes(file.read_bytes())
+    with PageServer(served_model, tmp_path / "states", samples=tmp_path / "samples") as server:
+        page = browser.page()
+        page.open(server.address)
+        page.until(READY)
+        options = page.run("[...document.querySelectorAll('#sample-domain option')].map((option) => option.value)")
+        assert options == ["north wing", "south"]
+        page.click("#samples")
+        page.until("document.querySelectorAll('#thumbs li').length === 3")
+        assert page.run("document.querySelector('#name').value") == "north-wing"
+        page.run("document.querySelector('#sample-domain').value = 'south'")
+        page.click("#samples")
+        page.until("document.querySelectorAll('#thumbs li').length === 5")
+        assert page.run("document.querySelector('#name').value") == "south"
+        page.fill("#name", "mine")
+        page.click("#samples")
+        page.until("!document.querySelector('#samples').hasAttribute('aria-disabled')")
+        assert page.run("document.querySelector('#name').value") == "mine"
+        page.click("#predict")
+        page.until("document.querySelectorAll('.card').length === 5")
+        assert page.errors == []
+        page.close()
 
 
 def test_a_dry_run_shows_the_report_and_keeps_nothing(page, server, pictures):

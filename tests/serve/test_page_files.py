@@ -84,17 +84,35 @@ def test_samples_are_the_pictures_of_one_folder_and_nothing_else(tmp_path):
     (folder / "large.png").write_bytes(bytes(MAX_BYTES + 1))
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     samples = Samples(folder)
-    assert samples.listing() == {"samples": [{"name": "a.JPG"}, {"name": "b.png"}]}
+    assert samples.listing() == {"samples": [{"name": "a.JPG", "domain": ""}, {"name": "b.png", "domain": ""}]}
     assert samples.read("a.JPG") == (b"a.JPG", "image/jpeg")
     for name in ("../secret.png", "/etc/passwd", "notes.txt", "link.png", "large.png", "", "."):
         with pytest.raises(NotFoundError):
             samples.read(name)
 
 
+def test_samples_have_a_folder_for_each_domain(tmp_path):
+    for domain in ("north", "south"):
+        (tmp_path / "samples" / domain / "deeper").mkdir(parents=True)
+        (tmp_path / "samples" / domain / "1.png").write_bytes(domain.encode())
+        (tmp_path / "samples" / domain / "deeper" / "2.png").write_bytes(b"too deep")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "3.png").write_bytes(b"secret")
+    (tmp_path / "samples" / "west").symlink_to(tmp_path / "other")
+    samples = Samples(tmp_path / "samples")
+    listed = samples.listing()["samples"]
+    assert listed == [{"name": f"{domain}/1.png", "domain": domain} for domain in ("north", "south")]
+    assert samples.read("south/1.png") == (b"south", "image/png")
+    for name in ("west/3.png", "north/deeper/2.png", "north/../../other/3.png", "north", "north/"):
+        with pytest.raises(NotFoundError):
+            samples.read(name)
+
+
 def test_samples_are_few(tmp_path):
     for number in range(MAX_SAMPLES + 5):
-        (tmp_path / f"{number:03d}.png").write_bytes(b"x")
-    assert len(Samples(tmp_path).listing()["samples"]) == MAX_SAMPLES
+        (tmp_path / f"{number}.png").write_bytes(b"x")
+    listed = [sample["name"] for sample in Samples(tmp_path).listing()["samples"]]
+    assert listed == [f"{number}.png" for number in range(MAX_SAMPLES)]
 
 
 @pytest.mark.parametrize("folder", [None, "missing"])

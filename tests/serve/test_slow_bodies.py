@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from contextlib import ExitStack
 
 from starlette.requests import Request
 
+from serve.front import Front
+from serve.http.api import make_api
 from serve.http.errors import Json
 from serve.http.limits import Guard, Limits
-from tests.serve.http_support import server_at
+from tests.serve.http_support import make_backend, server_at
+from tests.serve.serving import free_port
 
 SMALL = Limits(max_body_bytes=200_000)
 
@@ -144,3 +148,15 @@ def test_an_oversize_body_is_refused_without_being_sent(tmp_path):
         head = b"POST /v1/states/x HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-npy\r\n"
         answer = talk(port, head + b"Content-Length: 99999999999\r\n\r\n")
         assert answer.startswith(b"HTTP/1.1 413") and answer.lower().count(b"connection: close") == 1
+
+
+def test_connections_beyond_the_limit_are_told_when_to_return(tmp_path):
+    backend = make_backend(tmp_path)
+    with ExitStack() as stack:
+        front = Front(make_api(backend), "127.0.0.1", port := free_port(), connections=3)
+        stack.callback(front.close)
+        for _ in range(3):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        time.sleep(0.2)
+        answer = talk(port, b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 503") and b"retry-after: " in answer and b'"overloaded"' in answer
