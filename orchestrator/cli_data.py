@@ -19,12 +19,14 @@ def list_all(data: opt.DataRoot = None, store: opt.StoreUrl = opt.DEFAULT_STORE,
     """List the data sets: what they are and whether they are here."""
     from orchestrator import console
     from workers.catalogue import list_datasets
+    from workers.texts.base import list_texts
 
     root = opt.data_root(data, store)
-    found = [row.record() for row in list_datasets(root)]
+    found, texts = [row.record() for row in list_datasets(root)], list_texts(root)
     if json:
-        console.emit_json({"root": str(root), "datasets": found})
+        console.emit_json({"root": str(root), "datasets": found, "texts": texts})
         return
+    found += [{**item, "domain_field": "(text)"} for item in texts]
     rows = [
         (
             str(item["name"]),
@@ -55,8 +57,12 @@ def verify(
     """Check a data set's files, tables and images, and print what is in it."""
     from orchestrator import console
     from workers import catalogue
+    from workers.texts.base import TEXTS
 
     root = opt.data_root(data, store)
+    if name in TEXTS.names():
+        _verify_text(name, root, _options(option), json)
+        return
     result = catalogue.verify(name, root, _options(option), None if every else catalogue.SAMPLE)
     result.require()
     loaded = result.data
@@ -84,6 +90,20 @@ def verify(
         *(f"  checked: {check.what}" for check in result.checks),
         f"  digest {loaded.digest}",
     )
+
+
+def _verify_text(name: str, root: Path, options: dict[str, Any], json: bool) -> None:
+    """Open a text data set, which checks its columns and labels, and print its splits."""
+    from orchestrator import console
+    from workers.texts.base import load_text
+
+    loaded = load_text(name, options, root)
+    rows = {split: len(members) for split, members in loaded.splits.items()}
+    if json:
+        console.emit_json({"name": loaded.info.name, "root": str(root), "digest": loaded.digest, "splits": rows})
+        return
+    shown = ", ".join(f"{split} {count}" for split, count in rows.items())
+    console.say(f"{loaded.info.name}: ok, {sum(rows.values())} texts ({shown})", f"  digest {loaded.digest}")
 
 
 def _options(texts: list[str] | None) -> dict[str, Any]:
@@ -139,11 +159,17 @@ def miniature(
     """Generate a small stand-in in the official on-disk layout, to try a pipeline without the real data."""
     from orchestrator import console
     from workers import catalogue
+    from workers.texts import base as texts
 
-    root = opt.data_root(data, store)
-    catalogue.miniature(name, root, seed)
+    root, text = opt.data_root(data, store), name in texts.TEXTS.names()
+    if text:
+        texts.write_miniature(name, root, seed)
+    else:
+        catalogue.miniature(name, root, seed)
     if json:
         console.emit_json({"name": name, "root": str(root), "seed": seed})
+    elif text:
+        console.say(f"Generated texts of {name} are below {root}. They say nothing about results on the real ones.")
     else:
         # Sets whose real files may lie beside the generated ones choose between them by an option.
         flag = "" if catalogue.describe(name, root).present else " --option source=miniature"

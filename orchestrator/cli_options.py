@@ -48,10 +48,11 @@ def complete_method(incomplete: str) -> Iterator[str]:
 
 
 def complete_dataset(incomplete: str) -> Iterator[str]:
-    """Data set names."""
+    """Data set names, texts included."""
     from workers.datasets.base import DATASETS
+    from workers.texts.base import TEXTS
 
-    yield from (name for name in DATASETS.names() if name.startswith(incomplete))
+    yield from (name for name in [*DATASETS.names(), *TEXTS.names()] if name.startswith(incomplete))
 
 
 Pipeline = Annotated[

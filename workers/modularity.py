@@ -53,10 +53,17 @@ class LayerReport:
 
 
 def report_layer(
-    number: int, dense: DenseFFN, x_TD: Tensor, num_experts: int = 64, top_k: int = 16, restarts: int = 10
+    number: int,
+    dense: DenseFFN,
+    x_TD: Tensor,
+    num_experts: int = 64,
+    top_k: int = 16,
+    restarts: int = 10,
+    labels: Tensor | None = None,
 ) -> LayerReport:
-    """Split one layer and measure every route on its inputs ``[T, D]``."""
-    labels = split_keys(dense.keys_FD, num_experts, restarts=restarts)
+    """Measure every route on a layer's inputs ``[T, D]``, on a new split or on the given ``labels`` ``[F]``."""
+    if labels is None:
+        labels = split_keys(dense.keys_FD, num_experts, restarts=restarts)
     shuffled = split_keys(dense.keys_FD, num_experts, "random")
     names: tuple[Route, ...] = ("avg_k", "avg_k_bias", "best", "bottom", "random", "fixed")
     routes: dict[str, RouteQuality] = {}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.errors import EnvironmentProblem, RunFailed
+from moe.losses import Losses
 from moe.models.emoe_blocks import converted_layers, token_mask, update_gates
 from moe.models.emoe_convert import balance_loss
 from moe.models.text_spec import Family, LoraSpec, TextModelSpec
@@ -82,14 +83,35 @@ def add_lora(model: nn.Module, family: Family, spec: LoraSpec | None = None) -> 
     return adapted
 
 
-def classify(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def classify(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, token_types: Tensor | None = None
+) -> Tensor:
     """Logits ``[B, outputs]``; converted layers leave out the tokens that ``attention_mask`` ``[B, S]`` marks 0.
+
+    ``token_types`` ``[B, S]`` tells the texts of a pair apart (BERT).
 
     Differs: the public code routes padding, which takes seats and enters the balance loss; call the model itself for
     that.
     """
+    types = {} if token_types is None else {"token_type_ids": token_types}
     with token_mask(model, attention_mask):
-        return model(input_ids=input_ids, attention_mask=attention_mask).logits  # type: ignore[no-any-return]
+        return model(input_ids=input_ids, attention_mask=attention_mask, **types).logits  # type: ignore[no-any-return]
+
+
+def text_losses(model: nn.Module, logits: Tensor, labels: Tensor) -> Losses:
+    """Task loss of ``logits`` plus the weighted balance losses of the pass that made them; parts ``task``, ``balance``.
+
+    Args:
+        model: the network that has just run.
+        logits: ``[B, outputs]``.
+        labels: ``[B]`` classes, or float values with one output.
+    """
+    if logits.shape[-1] == 1:
+        task = nn.functional.mse_loss(logits.squeeze(-1).float(), labels.float())
+    else:
+        task = nn.functional.cross_entropy(logits.float(), labels)
+    balance = balance_loss(model) if converted_layers(model) else task.new_zeros(())
+    return Losses(task + balance, {"task": task.detach(), "balance": balance.detach()})
 
 
 def text_step(
@@ -114,14 +136,8 @@ def text_step(
     Raises:
         RunFailed: a loss that is not finite; nothing is updated then.
     """
-    logits = classify(model, input_ids, attention_mask)
-    if logits.shape[-1] == 1:
-        task = nn.functional.mse_loss(logits.squeeze(-1).float(), labels.float())
-    else:
-        task = nn.functional.cross_entropy(logits.float(), labels)
-    sparse = converted_layers(model)
-    balance = balance_loss(model) if sparse else task.new_zeros(())
-    total = task + balance
+    losses = text_losses(model, classify(model, input_ids, attention_mask), labels)
+    total, task, balance = losses.total, losses.parts["task"], losses.parts["balance"]
     if not bool(torch.isfinite(total)):
         raise RunFailed(
             f"The loss is {float(total)} (task {float(task)}, balance {float(balance)}).", "Lower the rate."
@@ -130,7 +146,7 @@ def text_step(
     torch.autograd.backward(total)
     optimizer.step()
     update_gates(model)
-    return task.detach(), balance.detach()
+    return task, balance
 
 
 def _transformers() -> Any:

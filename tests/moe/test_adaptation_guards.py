@@ -128,6 +128,76 @@ def test_tent_with_a_mad_rate_is_caught_and_a_sane_one_is_not():
     assert not found.collapsed and kept is sane.delta and found.images == 32
 
 
+def counted(model):
+    """The model, and the sizes of the passes that its features make from now on."""
+    passes = []
+    model.features.register_forward_pre_hook(lambda module, given: passes.append(len(given[0])))
+    return model, passes
+
+
+def test_a_brief_check_makes_no_pass_that_the_verdict_does_not_need():
+    model, rows = spread_student(), images(32)
+    result = make("bn").adapt(model, rows)
+    full = check(model, rows, result, "multiclass")
+    model, passes = counted(model)
+    found = check(model, rows, result, "multiclass", brief=True)
+    assert not passes and not found.collapsed and found.images == 32
+    assert found.entropy_before is None and found.entropy_after == pytest.approx(full.entropy_after, abs=0.2)
+    exact = check(model, rows, AdaptResult(model, result.delta), "multiclass", brief=True)
+    assert passes == [32] and exact.entropy_after == pytest.approx(full.entropy_after)  # the state's own pass alone
+    off = GuardSpec(keep_entropy=1.0)
+    assert check(model, rows, result, "multiclass", off, brief=True) == check(model, rows, result, "multiclass", off)
+
+
+def test_what_the_estimating_pass_predicts_is_the_adapted_model_up_to_rounding():
+    model, rows = spread_student(), images(32)
+    result = make("bn").adapt(model, rows)
+    exact = model.run(rows, result.delta).logits_BK.detach()
+    assert (result.logits_near - exact).abs().max() < 0.02 * exact.abs().max()
+    for options in ({"prior": 4.0}, {"batch_size": 8}):
+        assert make("bn", options).adapt(model, rows).logits_near is None
+    assert make("bn").adapt(model, images(2)[..., :8, :8]).logits_near is None  # few values a channel
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000), st.floats(0.0, 1.0), st.sampled_from(["multiclass", "binary", "regression"]))
+def test_a_brief_check_never_publishes_what_the_full_one_refuses(seed, keep, task):
+    generator = torch.Generator().manual_seed(seed)
+    outputs = 6 if task == "multiclass" else 1
+    model, count = student(outputs=outputs), int(torch.randint(2, 40, (), generator=generator))
+    rows = images(count, seed)
+    sharp = 10 ** float(torch.rand((), generator=generator) * 2)
+    biased = torch.randn(1, outputs, generator=generator) * sharp
+    after = torch.randn(count, outputs, generator=generator) + biased
+    result = AdaptResult(model, {"features.0.0.weight": torch.ones(1)}, 1.0, 1.0, logits_after=after)
+    spec = GuardSpec(keep_entropy=keep)
+    brief, full = (check(model, rows, result, task, spec, brief=b) for b in (True, False))
+    assert brief.collapsed == full.collapsed and brief.criterion == full.criterion
+    assert brief.entropy_after == pytest.approx(full.entropy_after)
+
+
+def test_predictions_up_to_rounding_acquit_but_never_convict():
+    model, rows = spread_student(), images(32)
+    delta = make("bn").adapt(model, rows).delta
+    one_class = torch.zeros(32, 3).index_fill_(1, torch.tensor(0), 1.0)
+    wrong = AdaptResult(model, delta, logits_near=one_class)
+    brief, full = (check(model, rows, wrong, "multiclass", brief=b) for b in (True, False))
+    assert not brief.collapsed and not full.collapsed and brief.entropy_after == full.entropy_after
+    lost = AdaptResult(model, delta, logits_near=one_class * math.nan)
+    assert not check(model, rows, lost, "multiclass", brief=True).collapsed
+
+
+@pytest.mark.parametrize("name", ["tent", "eata"])
+def test_the_loss_before_comes_from_the_first_step_where_that_sees_every_image(name):
+    model, rows = spread_student(), images(16)
+    model, passes = counted(model)
+    shared = make(name, {"steps": 2, "batch_size": 16}).adapt(model, rows)
+    assert passes == [16] * 4  # statistics, two steps, after
+    passes.clear()
+    apart = make(name, {"steps": 2, "batch_size": 15}).adapt(model, rows)
+    assert passes == [16, 16, 15, 15, 16] and shared.loss_before == pytest.approx(apart.loss_before, rel=1e-4)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_is_always_refused(value):
     model, rows = student(), images(2)

@@ -149,3 +149,13 @@ def test_memory_continues_average_and_momentum():
 def test_regression_is_refused():
     with pytest.raises(SpecError, match="distribution"):
         make("eata", task="regression").adapt(student(outputs=1), images())
+
+
+@pytest.mark.parametrize("task, outputs", [("multiclass", 4), ("binary", 1)])
+def test_the_gradient_of_the_entropy_is_finite_where_a_probability_is_zero(task, outputs):
+    from moe.adaptation._norm import entropy_rows, probabilities
+
+    logits = (torch.eye(4)[:, :outputs] * 400).requires_grad_()
+    assert probabilities(task, logits).min() == 0
+    entropy_rows(task, logits).sum().backward()
+    assert logits.grad.isfinite().all()

@@ -85,6 +85,18 @@ def test_ray_accepts_the_exported_config(folder):  # noqa: F811
     assert [application.name for application in parsed.applications] == [serving.APPLICATION]
 
 
+def test_ray_accepts_what_the_operator_and_the_stage_hand_on(folder, tmp_path):  # noqa: F811
+    schema = pytest.importorskip("ray.serve.schema")
+    call("serve", "some-run", "--rayservice", "r.yaml", "--replicas", 3, "--threads", 2)
+    inner = YAML(typ="safe").load(read(folder / "r.yaml")["spec"]["serveConfigV2"])
+    meta = {"dataset": "digits5", "num_outputs": 10, "backbone": {"name": "tiny_cnn"}}
+    context = SimpleNamespace(inputs={"model": (Input("erm", "ab" * 32, tmp_path, meta),)}, output=tmp_path, log=print)
+    Stage().run(DeployConfig(), Stage().members(DeployConfig())[0], context)
+    for config in (inner, read(tmp_path / "serve.yaml")):
+        (application,) = schema.ServeDeploySchema(**config).applications
+        assert application.import_path == serving.IMPORT_PATH and checked(application.args).front == "proxy"
+
+
 def test_an_open_address_needs_tokens(folder):  # noqa: F811
     told = call("serve", "x", "--host", "0.0.0.0", code=2)
     assert "everybody who reaches this machine" in told.stderr
@@ -158,6 +170,9 @@ def test_the_deploy_stage_ties_a_config_to_a_digest(tmp_path, port):
     assert checked(arguments).replicas == 3 and arguments["model"] == manifest["model"]
     assert json.loads((tmp_path / "deployment.json").read_text()) == manifest
     assert str(tmp_path) not in (tmp_path / "serve.yaml").read_text() and said
+    assert "registry" not in manifest
+    named = Stage().run(DeployConfig(register_as="digits", alias="best"), Stage().members(DeployConfig())[0], context)
+    assert named["registry"] == {"name": "digits", "alias": "best"}
 
 
 def test_the_deploy_stage_wants_one_model(tmp_path):
