@@ -152,7 +152,7 @@ def one_run(folder: Path) -> None:
     settings = RunSettings(
         protocol=config.protocol,
         methods={},
-        backbone=None if config.backbone is None else config.backbone.model_dump(exclude_unset=True),
+        backbone=None if config.backbone is None else config.backbone.model_dump(exclude_defaults=True),
         checkpoint_freq=config.checkpoint_freq,
         evaluation="exact",
         resume_every=10**9,

@@ -72,9 +72,8 @@ def source_digest(source: TextSource, root: Path) -> str:
     folder = weights_folder(source, root)
     if folder is None:
         return ""
-    return "+".join(
-        _digest(path, path.stat().st_size, path.stat().st_mtime_ns) for path in [folder / CONFIG, *_files(folder)]
-    )
+    files = [folder / CONFIG, *_files(folder)]
+    return "+".join(_digest(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
 def build_base(source: TextSource, root: Path, tokens: Mapping[str, Any]) -> tuple[nn.Module, Family, list[str]]:
@@ -93,13 +92,12 @@ def build_base(source: TextSource, root: Path, tokens: Mapping[str, Any]) -> tup
     folder = weights_folder(source, root)
     if folder is None:
         assert source.random is not None  # TextSource has one or the other
-        spec: TextModelSpec = source.random.model_copy(
-            update={
-                "vocabulary": tokens["vocabulary"],
-                "pad_token": tokens["special"]["pad"],
-                "num_outputs": tokens["outputs"],
-            }
-        )
+        own = {
+            "vocabulary": tokens["vocabulary"],
+            "pad_token": tokens["special"]["pad"],
+            "num_outputs": tokens["outputs"],
+        }
+        spec: TextModelSpec = source.random.model_copy(update=own)
         model = build_text_model(spec)
         _check_length(model, tokens)
         return model, spec.family, []
@@ -136,8 +134,8 @@ def save_tuned(
     """Write the files of a ``text_model`` artifact."""
     save_tensors(folder / MODEL_FILE, tensors)
     record = json.loads(config_of(model).to_json_string(use_diff=False))
-    for noise in ("_name_or_path", "transformers_version", "_attn_implementation_autoset"):
-        record.pop(noise, None)
+    for name in ("_name_or_path", "transformers_version"):  # they say where and when, not what
+        record.pop(name, None)
     record["pad_token_id"] = pad
     (folder / CONFIG).write_text(json.dumps(record, indent=1, sort_keys=True))
     arrays: dict[str, Any] = {str(layer): values.numpy().astype(np.int32) for layer, values in labels.items()}

@@ -149,6 +149,11 @@ class SearchSettings(SplitSettings):
         for name in self.methods:
             if name not in METHODS:
                 raise ValueError(f"there is no method {name!r}. {nearest(name, METHODS)}")
+        if self.lora.freeze or self.lora.freeze_layers:
+            raise ValueError(
+                "lora.freeze: adapters freeze the network already, and by the public rules a freezing flag there lets "
+                "everything else train. Leave it out."
+            )
         if len(set(self.methods)) < len(self.methods) or len(set(self.tunings)) < len(self.tunings):
             raise ValueError("methods and tunings must not repeat a name.")
         return self

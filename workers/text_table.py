@@ -45,8 +45,7 @@ def build_table(evaluations: Sequence[Evaluation]) -> Table:
         raise DataError("These evaluations are of different texts.", "Report one data set at a time.")
     first = evaluations[0]
     ood = ood_sets(first)
-    columns = [Column("rate", "rate", False), Column("steps", "steps", False)]
-    columns += [Column(f"validation/{m}", m.replace("_", " "), True) for m in first["metrics"]["validation"]]
+    columns = [Column(f"validation/{m}", m.replace("_", " "), True) for m in first["metrics"]["validation"]]
     columns += [Column(name, f"OOD {name.removeprefix('ood:')}", True) for name in ood]
     if len(ood) > 1:
         columns.append(Column("ood", "OOD mean", True))
@@ -59,7 +58,7 @@ def build_table(evaluations: Sequence[Evaluation]) -> Table:
         rows.append(Row(key, label, cells))
     seeds = sorted({seed for e in evaluations for seed in e["selected"]["seeds"]})
     title = f"{first['title']}: {len(seeds)} seed{'s' * (len(seeds) != 1)}, selection {first['selection']}"
-    return Table(title, columns, rows, _notes(first, ood, seeds))
+    return Table(title, columns, rows, [*_notes(first, ood, seeds), _chosen(evaluations)])
 
 
 def ood_sets(evaluation: Evaluation) -> list[str]:
@@ -126,10 +125,6 @@ def _cell(
     key: str, form: str, evaluation: Evaluation, column: Column, ood: Sequence[str], ranks: Mapping[str, float]
 ) -> Cell | None:
     selected, kind = evaluation["selected"], column.key
-    if kind == "rate":
-        return Cell(selected["lr"], None, len(selected["seeds"])) if form == "trained" else None
-    if kind == "steps":
-        return _mean(list(map(float, evaluation["steps"].values())), False) if form == "trained" else None
     if kind == "rank":
         return Cell(ranks[key], None, len(selected["seeds"])) if key in ranks else None
     if kind == "residual":
@@ -159,6 +154,17 @@ def _notes(first: Evaluation, ood: Sequence[str], seeds: Sequence[int]) -> list[
         f"Rows: {rows}. OOD columns: mean of {'; '.join(metrics).replace('_', ' ')}." if ood else f"Rows: {rows}.",
         "OOD rank: average rank among the methods of one tuning, 1 is best (Friedman).",
     ]
+
+
+def _chosen(evaluations: Sequence[Evaluation]) -> str:
+    """The rate and budget of each method."""
+    told = []
+    for e in evaluations:
+        selected, steps = e["selected"], sorted(set(e["steps"].values()))
+        size = f", {selected['top_k']} of {selected['num_experts']} experts" if selected["num_experts"] else ""
+        updates = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+        told.append(f"{e['label']} {e['tuning']} {selected['lr']:g}{size}, {updates} updates")
+    return f"Chosen rates: {'; '.join(told)}."
 
 
 def _latex_line(cells: Sequence[str]) -> str:

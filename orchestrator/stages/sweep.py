@@ -7,6 +7,7 @@ names a folder whose finished runs are taken over instead of trained again.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -33,7 +34,10 @@ class SweepConfig(StageConfig):
     n_trials: int = Field(default=3, ge=1, description="trial seeds 0 .. n_trials - 1: other splits")
     n_hparams_from: int = Field(default=0, ge=0, description="first hyper-parameter seed; 0 means the defaults")
     n_hparams: int = Field(default=20, ge=1, description="end of the hyper-parameter seeds, not included")
-    hparams: dict[str, Any] | None = Field(default=None, description="hyper-parameters that override all draws")
+    hparams: dict[str, Any] | str | None = Field(
+        default=None,
+        description="hyper-parameters that override all draws; a JSON text is kept as it is in the runs' identity",
+    )
     test_envs: tuple[tuple[int, ...], ...] = Field(
         default=(), description="only these sets of held-out domains; empty: every domain (and pair)"
     )
@@ -62,6 +66,9 @@ class SweepConfig(StageConfig):
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast; weights stay fp32")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda when there is one")
     save_model: bool = Field(default=False, description="keep the weights of each run's best checkpoint")
+    routing: int = Field(
+        default=0, ge=0, le=100_000, description="images of each domain on which routers are recorded; 0: none"
+    )
     resume_every: int = Field(
         default=200, ge=1, description="updates between checkpoints", json_schema_extra={"cache": False}
     )
@@ -81,8 +88,7 @@ class SweepConfig(StageConfig):
 
     def sweep(self) -> Sweep:
         """The official part."""
-        import json
-
+        given = self.hparams
         return Sweep(
             datasets=self.datasets,
             algorithms=self.algorithms,
@@ -94,7 +100,7 @@ class SweepConfig(StageConfig):
             task=self.task,
             holdout_fraction=self.holdout_fraction,
             single_test_envs=self.single_test_envs,
-            hparams=None if self.hparams is None else json.dumps(self.hparams),
+            hparams=json.dumps(given, sort_keys=True) if isinstance(given, dict) else given,
             environments=self.environments,
         )
 
@@ -166,7 +172,7 @@ class Stage(StageBase[SweepConfig]):
         settings = RunSettings(
             protocol=config.protocol,
             methods=config.methods,
-            backbone=None if config.backbone is None else config.backbone.model_dump(exclude_unset=True),
+            backbone=None if config.backbone is None else config.backbone.model_dump(exclude_defaults=True),
             dataset_options=config.dataset_options,
             image_size=config.image_size,
             normalisation=config.normalisation,
@@ -177,6 +183,7 @@ class Stage(StageBase[SweepConfig]):
             precision=config.precision,
             device=config.device,
             save_model=config.save_model,
+            routing=config.routing,
             resume_every=config.resume_every,
         )
         return {**run_job(args, settings, context), **expected}

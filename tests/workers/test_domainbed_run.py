@@ -139,6 +139,18 @@ def test_a_registry_data_set_has_one_environment_for_each_domain(tmp_path):
     assert (tmp_path / "output/model.safetensors").is_file()
 
 
+def test_routers_are_recorded_by_domain_and_class(tmp_path):
+    tiny = {"name": "timm:vit_tiny_patch16_224", "gmoe": {"num_experts": 3, "projection": 16}}
+    run(tmp_path, "GMOE", protocol="gmoe_fork", backbone=tiny, routing=5)
+    record = json.loads((tmp_path / "output/routing.json").read_text())
+    assert record["domains"] == ["0", "1", "2"]
+    assert len(record["layers"]) == 2
+    for layer in record["layers"].values():
+        assert sum(map(sum, layer["by_domain"]["counts"])) == layer["tokens"] == 3 * 5 * 2
+        assert len(layer["by_class"]["names"]) == 2
+    assert (tmp_path / "output/attention.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -390,6 +390,7 @@ def test_a_preset_fills_the_published_search():
         ({"top_k": [16]}, "every top_k"),
         ({"methods": ["emoe", "emoe"]}, "must not repeat"),
         ({"full": {"epochs": None}}, "give epochs, steps or both"),
+        ({"lora": {"freeze": ["embeddings"]}}, "adapters freeze the network already"),
     ],
 )
 def test_settings_that_contradict(changes, words):

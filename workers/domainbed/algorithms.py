@@ -91,8 +91,8 @@ def make_algorithm(
     name = _algorithm_name(method, hparams)
     kind = algorithm(name)
     network = dict(backbone or _default_backbone(name, hparams, data, protocol_name))
-    if name == "gmoe":
-        network.setdefault("gmoe", _gmoe_fields(hparams))
+    if name == "gmoe" and network.get("gmoe") is None:
+        network["gmoe"] = _gmoe_fields(hparams)
     fields: dict[str, Any] = {
         "backbone": _merged(network, method.config.get("backbone")),
         "train": {

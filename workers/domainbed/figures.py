@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from workers.domainbed.records import Record
 from workers.domainbed.report import Table
@@ -61,4 +64,62 @@ def learning_curves(records: Sequence[Record], dataset: str) -> bytes:
     axes.set_xlabel("update")
     axes.set_ylabel("validation accuracy, %")
     axes.legend(frameon=False, loc="lower right")
+    return png(figure)
+
+
+@styled
+def routing_maps(tables: Sequence[dict[str, Any]], group: str, rows: Sequence[str]) -> bytes:
+    """Share of each group's tokens that go to each expert, one panel per sparse layer, mean over the runs.
+
+    Args:
+        tables: ``layers`` of ``routing.json``, one per run.
+        group: ``by_domain`` or ``by_class``.
+        rows: names of the groups.
+    """
+    layers = sorted(tables[0], key=_block_number)
+    experts = len(tables[0][layers[0]]["load"])
+    width = max(3.2, 1.2 + 0.28 * experts)
+    figure, axes = new_figure(width * len(layers) + 0.8, 1.3 + 0.34 * len(rows), panels=len(layers))
+    for panel, layer in zip(figure.axes, layers, strict=True):
+        shares = np.mean([table[layer][group]["shares"] for table in tables], axis=0)
+        information = float(np.mean([table[layer][group]["normalised_information"] for table in tables]))
+        image = panel.imshow(shares, cmap="cividis", vmin=0.0, aspect="auto")
+        panel.set_title(f"block {_block_number(layer)}: shared information {information:.3f}", fontsize=9)
+        panel.set_xlabel("expert")
+        panel.grid(visible=False)
+        figure.colorbar(image, ax=panel, shrink=0.85)
+    axes.set_yticks(range(len(rows)), rows)
+    return png(figure)
+
+
+def _block_number(layer: str) -> int:
+    """Number of the transformer block in a layer's name; 0 for a layer outside of blocks."""
+    found = re.search(r"blocks?\.(\d+)", layer)
+    return int(found.group(1)) if found else 0
+
+
+@styled
+def attention_grid(images: NDArray[Any], maps: NDArray[Any], labels: Sequence[str]) -> bytes:
+    """One image per domain above the attention of the class token in the last block.
+
+    Args:
+        images: ``[D, C, H, W]``, normalised somehow; stretched to the full range for display.
+        maps: ``[D, h, w]``.
+        labels: name of each domain.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.5 * len(labels), 3.4), dpi=144, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, len(labels), squeeze=False)
+    for column, label in enumerate(labels):
+        picture = images[column].transpose(1, 2, 0)[:, :, :3].astype(np.float64)
+        span = picture.max() - picture.min()
+        shown = (picture - picture.min()) / (span if span > 0 else 1.0)
+        panels[0][column].imshow(shown if shown.shape[2] == 3 else shown[:, :, 0], cmap="gray")
+        panels[1][column].imshow(maps[column], cmap="cividis")
+        panels[0][column].set_title(label, fontsize=9)
+    for panel in panels.flat:
+        panel.set_axis_off()
     return png(figure)

@@ -33,6 +33,7 @@ from workers.domainbed.hparams import Value, run_hparams
 from workers.domainbed.jobs import DONE, RESULTS
 from workers.domainbed.loader import InfiniteBatches
 from workers.domainbed.protocol import Protocol, evaluation_steps, protocol, steps_per_epoch
+from workers.domainbed.routing import write_routing
 from workers.domainbed.scores import balanced_weights
 from workers.domainbed.splits import split_domain
 from workers.engines.base import OptimizerOptions, ParamGroup
@@ -62,6 +63,7 @@ class RunSettings:
         precision: ``fp32`` or ``bf16`` (forward and backward).
         device: ``auto``, ``cpu`` or ``cuda``.
         save_model: write the weights of the best checkpoint (training-domain validation).
+        routing: images of each domain on which routers are recorded after training; 0 is off.
         resume_every: updates between checkpoints on disk.
     """
 
@@ -78,6 +80,7 @@ class RunSettings:
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
     save_model: bool = False
+    routing: int = 0
     resume_every: int = 200
 
 
@@ -120,6 +123,10 @@ def run_job(args: Mapping[str, Any], settings: RunSettings, context: Context) ->
     write_records(records, context.output)
     if settings.save_model:
         save_tensors(context.output / MODEL_FILE, result.selected)
+    if settings.routing:
+        run.network.load_state_dict(result.selected)
+        rows = [split.in_[: settings.routing] for split in run.splits]
+        write_routing(run.network.eval(), run.data, rows, context.output)
     context.metrics({"step_time": (time.perf_counter() - started) / steps})
     return run.meta(result)
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from moe.errors import DataError
 from workers.context import Context, Input
-from workers.domainbed.figures import accuracy_bars, learning_curves
+from workers.domainbed.figures import accuracy_bars, learning_curves, routing_maps
 from workers.domainbed.records import Record, read_run
 from workers.domainbed.report import Report, collect
+from workers.domainbed.routing import ATTENTION, ROUTING
 from workers.domainbed.selection import METHODS
 from workers.domainbed.tables import grid_of, render
 from workers.domainbed.takeover import export_runs
@@ -45,7 +46,7 @@ def write_tables(config: Mapping[str, Any], context: Context) -> dict[str, Any]:
     for form, ending in FORMS.items():
         text = render(report, form)  # type: ignore[arg-type]
         (context.output / f"tables.{ending}").write_text(_commented(form, head, text, notes))
-    figures = _figures(report, records)
+    figures = {**_figures(report, records), **_routing_figures(runs)}
     for name, figure in figures.items():
         (context.output / f"{name}.png").write_bytes(figure.png)
     page = {**config, "figures": list(figures.values())}
@@ -163,5 +164,36 @@ def _figures(report: Report, records: Sequence[Record]) -> dict[str, Figure]:
                 f"{table.dataset}: training",
                 "Mean accuracy on `out` of the training domains; bands span the runs.",
                 learning_curves(records, table.dataset),
+            )
+    return found
+
+
+def _routing_figures(runs: Sequence[Input]) -> dict[str, Figure]:
+    """Routing by domain and class for each data set and algorithm, and the attention of one run of each."""
+    groups: dict[tuple[str, str], list[Input]] = {}
+    for artifact in runs:
+        args = artifact.meta["args"]
+        groups.setdefault((str(args["dataset"]), str(args["algorithm"])), []).append(artifact)
+    found = {}
+    for (dataset, name), own in groups.items():
+        files = [artifact.path / ROUTING for artifact in own if (artifact.path / ROUTING).is_file()]
+        stem = f"{dataset}_{name}"
+        if files:
+            read = [json.loads(file.read_text()) for file in files]
+            tables = [entry["layers"] for entry in read]
+            first = next(iter(tables[0].values()))
+            for group, noun in (("by_domain", "domain"), ("by_class", "class")):
+                found[f"routing_{stem}_{noun}"] = Figure(
+                    f"{name} on {dataset}: which {noun} goes to which expert",
+                    f"Share of the tokens of each {noun}, mean over {len(files)} runs. Shared information is 0 when "
+                    "routing does not depend on it, 1 when it decides.",
+                    routing_maps(tables, group, first[group]["names"]),
+                )
+        looks = [artifact.path / ATTENTION for artifact in own if (artifact.path / ATTENTION).is_file()]
+        if looks:
+            found[f"attention_{stem}"] = Figure(
+                f"{name} on {dataset}: where the class token looks",
+                "First image of each domain, and the last block's attention to its patches (mean over heads).",
+                looks[0].read_bytes(),
             )
     return found
