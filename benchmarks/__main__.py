@@ -22,6 +22,7 @@ NAMES = (
     "sweep",
     "moe_layer",
     "emoe",
+    "transformer_step",
     "sphero",
     "nac",
     "recycle",

@@ -69,6 +69,9 @@ class SweepConfig(StageConfig):
     routing: int = Field(
         default=0, ge=0, le=100_000, description="images of each domain on which routers are recorded; 0: none"
     )
+    merge: bool = Field(
+        default=False, description="EMoE: also score and keep the selected network with its experts put back"
+    )
     resume_every: int = Field(
         default=200, ge=1, description="updates between checkpoints", json_schema_extra={"cache": False}
     )
@@ -184,6 +187,7 @@ class Stage(StageBase[SweepConfig]):
             device=config.device,
             save_model=config.save_model,
             routing=config.routing,
+            merge=config.merge,
             resume_every=config.resume_every,
         )
         return {**run_job(args, settings, context), **expected}

@@ -115,11 +115,14 @@ def told(outcome: Outcome, name: str, seconds: float) -> str:
 
 
 def meanwhile(outcome: Outcome, share: float = 0.99) -> float:
-    """How many others were answered between the arrival of an accepted request and its answer."""
+    """How many others were answered between the sending of an accepted request and its answer.
+
+    From the sending, not from when it was due: a generator that is late on shared cores is not the server's queue.
+    """
     ends = np.sort([shot.due + shot.seconds for shot in outcome.accepted])
-    dues = np.array([shot.due for shot in outcome.accepted])
+    begun = np.array([shot.sent for shot in outcome.accepted])
     until = np.array([shot.due + shot.seconds for shot in outcome.accepted])
-    return float(np.quantile(np.searchsorted(ends, until) - np.searchsorted(ends, dues), share))
+    return float(np.quantile(np.searchsorted(ends, until) - np.searchsorted(ends, begun), share))
 
 
 def slowest(outcome: Outcome, window: int = 20) -> float:

@@ -151,6 +151,19 @@ def test_routers_are_recorded_by_domain_and_class(tmp_path):
     assert (tmp_path / "output/attention.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_emoe_is_merged_back_to_a_dense_network(tmp_path):
+    tiny = {"name": "timm:vit_tiny_patch16_224"}
+    emoe = {"emoe": {"num_experts": 4, "top_k": 4, "split": "contiguous", "gate_noise": 0}, "num_inter": 1}
+    methods = {"EMoE": MethodSpec(algorithm="emoe", config=emoe)}
+    args = {**arguments("ERM"), "algorithm": "EMoE"}
+    meta = run_job(args, settings(backbone=tiny, methods=methods, merge=True), Desk(tmp_path))
+    merged = meta["merged"]
+    # All experts are chosen, so only the output biases, which are trained apart, can differ.
+    assert merged["residual"] < 1e-2
+    assert merged["before"].keys() == merged["after"].keys() == {"env0_in_acc", "env1_out_acc", "env2_out_acc"}
+    assert (tmp_path / "output/merged.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

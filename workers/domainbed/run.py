@@ -11,6 +11,7 @@ held-out domain but after the last update (the oracle reads only that); and, whe
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -64,6 +65,7 @@ class RunSettings:
         device: ``auto``, ``cpu`` or ``cuda``.
         save_model: write the weights of the best checkpoint (training-domain validation).
         routing: images of each domain on which routers are recorded after training; 0 is off.
+        merge: EMoE: also score the selected network with its experts put back, and write it as ``merged.safetensors``.
         resume_every: updates between checkpoints on disk.
     """
 
@@ -81,6 +83,7 @@ class RunSettings:
     device: str = "auto"
     save_model: bool = False
     routing: int = 0
+    merge: bool = False
     resume_every: int = 200
 
 
@@ -127,8 +130,9 @@ def run_job(args: Mapping[str, Any], settings: RunSettings, context: Context) ->
         run.network.load_state_dict(result.selected)
         rows = [split.in_[: settings.routing] for split in run.splits]
         write_routing(run.network.eval(), run.data, rows, context.output)
+    merged = run.merged(result, context.output) if settings.merge else {}
     context.metrics({"step_time": (time.perf_counter() - started) / steps})
-    return run.meta(result)
+    return {**run.meta(result), **merged}
 
 
 def write_records(records: Sequence[Mapping[str, Any]], folder: Path) -> None:
@@ -281,6 +285,34 @@ class _Run:
                 if self._observes:
                     loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
         return right / len(rows), loss / len(rows)
+
+    def merged(self, result: FitResult, folder: Path) -> dict[str, Any]:
+        """Score and write the selected network as a dense one; empty for a network without experts of its own neurons.
+
+        ``merged`` has accuracies on ``out`` of training domains and ``in`` of held-out ones, before and after, and the
+        residual: the largest deviation of an expert's output bias from the one used, 0 when the merge is exact.
+        """
+        from moe.models.emoe_blocks import converted_layers
+        from moe.models.emoe_convert import merge_layers
+
+        if not converted_layers(self.network):
+            return {}
+        self.network.load_state_dict(result.selected)
+        step = result.steps if result.best_step is None else result.best_step
+        before = self._both(self.network.eval(), step)
+        dense = copy.deepcopy(self.network)
+        residual = max(merge_layers(dense).values())
+        after = self._both(dense.eval(), step)
+        save_tensors(folder / "merged.safetensors", dense.state_dict())
+        return {"merged": {"before": before, "after": after, "residual": residual}}
+
+    def _both(self, module: nn.Module, step: int) -> dict[str, float]:
+        """Accuracy on `out` of training domains and `in` of held-out ones."""
+        found = {}
+        for number, split in enumerate(self.splits):
+            part, rows = ("in", split.in_) if number in self.test_envs else ("out", split.out)
+            found[f"env{number}_{part}_acc"] = self._score(module, number, part, rows, step)[0]
+        return found
 
     def record(self, evaluation: Evaluation) -> dict[str, Any]:
         """One line of ``results.jsonl``."""

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from moe.errors import DataError
 from workers.context import Context, Input
 from workers.domainbed.figures import accuracy_bars, learning_curves, routing_maps
@@ -50,11 +52,14 @@ def write_tables(config: Mapping[str, Any], context: Context) -> dict[str, Any]:
     for name, figure in figures.items():
         (context.output / f"{name}.png").write_bytes(figure.png)
     page = {**config, "figures": list(figures.values())}
-    shown = [_shown(table) for table in report.tables]
+    merged = _merged_table(runs, labels)
+    shown = [_shown(table) for table in report.tables] + ([merged] if merged else [])
     html = fill_template("benchmark.html.j2", page=page, tables=shown, notes=notes, settings=list(settings.items()))
     (context.output / "report.html").write_text(html)
     export_runs(((artifact.meta["args"], artifact.path) for artifact in runs), context.output / SWEEP_FOLDER)
     context.log("\n" + render(report, "text"))
+    if merged:
+        (context.output / "merged.json").write_text(json.dumps(merged, indent=1, sort_keys=True))
     for note in notes:
         context.log(note)
     scores = headline(report)
@@ -148,6 +153,32 @@ def _shown(table: Any) -> dict[str, Any]:
     header, *body = grid_of(table)
     caption = f"Model selection: {METHODS[table.method].title}. Accuracy in %, mean ± standard error over trials."
     return {"title": table.title, "caption": caption, "header": header, "body": body}
+
+
+def _merged_table(runs: Sequence[Input], labels: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """EMoE's selected networks before and after their experts are put back; empty without any."""
+    cells: dict[tuple[str, str, int], list[tuple[float, float, float]]] = {}
+    for artifact in runs:
+        args, merged = artifact.meta["args"], artifact.meta.get("merged")
+        if merged and len(args["test_envs"]) == 1:
+            key = f"env{args['test_envs'][0]}_in_acc"
+            pair = (100 * merged["before"][key], 100 * merged["after"][key], merged["residual"])
+            cells.setdefault((args["dataset"], args["algorithm"], args["test_envs"][0]), []).append(pair)
+    if not cells:
+        return {}
+    body = []
+    for (dataset, algorithm, domain), pairs in cells.items():
+        before, after, residual = np.mean(pairs, axis=0)
+        name = labels[dataset][domain] if dataset in labels else f"env{domain}"
+        body.append(
+            [algorithm, dataset, name, f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}", f"{residual:.1e}"]
+        )
+    return {
+        "title": "Merged back to dense",
+        "caption": "Held-out accuracy in % of the selected networks, with their experts and as plain dense networks.",
+        "header": ["Algorithm", "data set", "held out", "experts", "merged", "difference", "bias residual"],
+        "body": body,
+    }
 
 
 def _figures(report: Report, records: Sequence[Record]) -> dict[str, Figure]:
