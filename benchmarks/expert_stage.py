@@ -1,12 +1,15 @@
 """The expert stage: E members one after the other in this process, against E Ray actors on C cores.
 
 Both run the same graph through the scheduler; the clock starts when data and split are there, and Ray with them (a run
-pays for that once). One compute thread per member, wall time.
+pays for that once). One compute thread per member, wall time. Beside it stands what the machine itself gives: as many
+plain processes as there are cores that run the same training step, against one of them alone.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -36,9 +39,47 @@ def run(sizes: Sizes) -> list[Row]:
         parallel = _seconds(_pipeline(steps), store, RayExecutor(num_cpus=cores), data_root)
         # Another seed: the same work, and nothing of it is in the cache.
         serial = _seconds(_pipeline(steps, seed=1), store, InlineExecutor(), data_root)
+        alone, together = _plain(1, 5 if quick else 400), _plain(cores, 5 if quick else 400)
     what = f"expert stage, {EXPERTS} members of {steps} steps on {cores} cores (wall time)"
-    note = f"parallel efficiency {serial / parallel / cores:.2f}, asked for 0.90"
+    note = (
+        f"parallel efficiency {serial / parallel / cores:.2f}, asked for 0.90; plain processes {alone / together:.2f}"
+    )
     return [Row(what, serial, parallel, 0.9 * cores, note)]
+
+
+_STEPS = """
+import sys, time, torch
+from moe.tiny import TinyCNN
+torch.set_num_threads(1)
+network = TinyCNN(3, 10)
+optimizer = torch.optim.Adam(network.parameters())
+images, labels = torch.randn(96, 3, 32, 32), torch.randint(0, 10, (96,))
+def step():
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(network(images), labels).backward()
+    optimizer.step()
+for _ in range(20):
+    step()
+print("ready", flush=True)
+sys.stdin.readline()
+begin = time.perf_counter()
+for _ in range(int(sys.argv[1])):
+    step()
+print(time.perf_counter() - begin)
+"""
+
+
+def _plain(processes: int, steps: int) -> float:
+    """Seconds of the slowest of some processes that train at the same time and share nothing."""
+    command = [sys.executable, "-c", _STEPS, str(steps)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen(command, **pipes) for _ in range(processes)]  # type: ignore[call-overload]
+    for process in running:
+        process.stdout.readline()
+    for process in running:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    return max(float(process.communicate()[0]) for process in running)
 
 
 def _pipeline(steps: int, seed: int = 0) -> PipelineSpec:
