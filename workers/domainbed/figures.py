@@ -15,29 +15,27 @@ from workers.figures import MARKERS, PALETTE, new_figure, png, styled
 
 
 @styled
-def accuracy_bars(table: Table) -> bytes:
-    """One group of bars per held-out domain, one bar per algorithm, whiskers are standard errors over trials."""
+def accuracy_points(table: Table) -> bytes:
+    """One group per held-out domain, one point per algorithm, whiskers are standard errors over trials."""
     rows = [row for row in table.rows if any(cell is not None for cell in row.cells)]
-    figure, axes = new_figure(max(6.0, 1.1 + len(table.columns) * (0.5 + 0.3 * len(rows))), 3.6)
-    place, width = np.arange(len(table.columns)), 0.8 / max(1, len(rows))
-    lows = []
+    figure, axes = new_figure(max(4.2, 1.4 + len(table.columns) * (0.5 + 0.28 * len(rows))), 3.6)
+    place, width = np.arange(len(table.columns)), 0.6 / max(1, len(rows))
     for number, row in enumerate(rows):
-        means = np.array([np.nan if cell is None else cell.mean for cell in row.cells])
-        errors = np.array([0.0 if cell is None else cell.error for cell in row.cells])
-        lows += [low for low in means - errors if np.isfinite(low)]
-        axes.bar(
+        axes.errorbar(
             place + (number - (len(rows) - 1) / 2) * width,
-            means,
-            width * 0.92,
-            yerr=errors if errors.any() else None,
+            [np.nan if cell is None else cell.mean for cell in row.cells],
+            yerr=[0.0 if cell is None else cell.error for cell in row.cells],
+            fmt=MARKERS[number % len(MARKERS)],
             color=PALETTE[number % len(PALETTE)],
+            capsize=3,
+            ms=7,
             label=row.algorithm,
-            error_kw={"ecolor": "#333333", "elinewidth": 1, "capsize": 2},
         )
     axes.set_xticks(place, table.columns)
+    axes.set_xlim(-0.6, len(table.columns) - 0.4)
+    axes.margins(y=0.15)
     axes.set_ylabel("accuracy, %")
     axes.set_xlabel("held-out domain")
-    axes.set_ylim(max(0.0, float(np.floor(min(lows, default=0.0) / 10) * 10 - 5)), None)
     axes.grid(axis="x", visible=False)
     axes.legend(frameon=False, ncols=min(4, len(rows)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return png(figure)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from moe.errors import DataError
 from workers.context import Context, Input
-from workers.domainbed.figures import accuracy_bars, learning_curves, routing_maps
+from workers.domainbed.figures import accuracy_points, learning_curves, routing_maps
 from workers.domainbed.records import Record, read_run
 from workers.domainbed.report import Report, collect
 from workers.domainbed.routing import ATTENTION, ROUTING
@@ -41,7 +42,7 @@ def write_tables(config: Mapping[str, Any], context: Context) -> dict[str, Any]:
     missing = missing_runs(runs)
     labels = {str(a.meta["args"]["dataset"]): list(a.meta["labels"]) for a in runs if "labels" in a.meta}
     report = collect(records, config["selection"], labels, missing)
-    report, empty = _filled(report)
+    report, empty = _filled(_asked(report, runs))
     settings = _settings(runs)
     notes = [_note(key, labels, missing[key]) for key in missing] + empty
     head = [str(config["title"]), *(f"{name}: {value}" for name, value in settings.items())]
@@ -66,6 +67,24 @@ def write_tables(config: Mapping[str, Any], context: Context) -> dict[str, Any]:
     context.metrics(scores)
     (context.output / "scores.json").write_text(json.dumps(scores, indent=1, sort_keys=True))
     return {"title": config["title"], "runs": len(runs), "incomplete": notes, "scores": scores}
+
+
+def _asked(report: Report, runs: Sequence[Input]) -> Report:
+    """Without the columns of domains that no run was asked to hold out."""
+    asked: dict[str, set[int]] = {}
+    for artifact in runs:
+        for dataset, algorithms in artifact.meta["expected"].items():
+            asked.setdefault(dataset, set()).update(
+                int(domain) for domains in algorithms.values() for domain in domains
+            )
+        args = artifact.meta["args"]
+        asked.setdefault(args["dataset"], set()).update(args["test_envs"])
+    tables = []
+    for table in report.tables:
+        kept = [number for number in range(len(table.columns)) if number in asked.get(table.dataset, {number})]
+        rows = [replace(row, cells=tuple(row.cells[number] for number in kept)) for row in table.rows]
+        tables.append(replace(table, columns=tuple(table.columns[number] for number in kept), rows=tuple(rows)))
+    return Report(tuple(tables), report.records)
 
 
 def _filled(report: Report) -> tuple[Report, list[str]]:
@@ -189,7 +208,7 @@ def _figures(report: Report, records: Sequence[Record]) -> dict[str, Figure]:
             found[f"accuracy_{table.dataset}"] = Figure(
                 f"{table.dataset}: held-out domains",
                 f"Accuracy on each domain when it is held out; {METHODS[table.method].title}.",
-                accuracy_bars(table),
+                accuracy_points(table),
             )
             found[f"training_{table.dataset}"] = Figure(
                 f"{table.dataset}: training",
