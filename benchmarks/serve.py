@@ -7,6 +7,7 @@ there. The body is one uint8 image, the answer its logits. Adaptation and states
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,7 +41,7 @@ def predictions(name: str, sizes: Sizes, fronts: tuple[str, ...] = FRONTS) -> li
     image = pictures(1, side, 0)
     rows: list[Row] = []
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moepipe-bench-")))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mp-")))
         model = bundle(folder, name, side)
         theirs = stack.enter_context(plain(model))
         for front in fronts:
@@ -53,9 +54,9 @@ def predictions(name: str, sizes: Sizes, fronts: tuple[str, ...] = FRONTS) -> li
                         count = (4 if quick(sizes) else count) * max(1, 4 // clients)
                         yardstick, measured = alternate([(theirs, other), (port, own)], clients, count, rounds)
                         judged = what == name and front == "direct"  # the others are shown for comparison
-                        rows += _rows(
-                            f"{what}, {front}, {clients} client{'s' * (clients > 1)}", yardstick, measured, judged
-                        )
+                        title = f"{what}, {front}, {clients} client{'s' * (clients > 1)}"
+                        rows += _rows(title, yardstick, measured, judged)
+                        print(f"  {title}: {yardstick} {measured}", file=sys.stderr, flush=True)
     return rows
 
 

@@ -270,12 +270,13 @@ class Catalogue:
 
     def _read(self, record: StateRecord) -> Delta:
         self._review_pins()
-        tensors = self._files.tensors(record)
         if record.kind == "delta":
-            delta = Delta(tensors)
-            if delta.digest != record.digest:
-                raise CheckpointError(f"The file of state {record.name}.{record.version} is damaged.", "Adapt again.")
-            return delta
+            try:
+                return Delta.verified(self._files.content(record), record.digest)
+            except CheckpointError as error:
+                where = f"The file of state {record.name}.{record.version} is damaged or truncated."
+                raise CheckpointError(where, "Adapt again.") from error
+        tensors = self._files.tensors(record)
         if self.recompute is None:
             raise StaleState(f"State {record.name!r} has to be recomputed, and nobody here can.", "Adapt again.")
         delta = self.recompute(record, tensors)

@@ -91,6 +91,22 @@ class Delta:
             ) from None
         return cls(tensors)
 
+    @classmethod
+    def verified(cls, data: bytes, digest: str) -> Delta:
+        """Read a file that must be the one of this digest; its content was checked when it was made.
+
+        Raises:
+            CheckpointError: another digest, truncated, or not safetensors.
+        """
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise CheckpointError(f"A state's file is damaged: {len(data)} bytes of another digest.", "Adapt again.")
+        from safetensors.torch import load
+
+        found = cls({})
+        found.tensors = MappingProxyType(dict(sorted(load(data).items())))
+        found.__dict__["digest"] = digest
+        return found
+
     def check_fits(self, model: ServedModel | nn.Module) -> None:
         """Compare names, shapes and types with the base model's, and look at variances.
 

@@ -155,6 +155,13 @@ class StateFiles:
                 _limit(self._records)
         return replace(record, pinned=version in head.pinned, current=version == head.current)
 
+    def content(self, record: StateRecord) -> bytes:
+        """The bytes of a version's file; raises as :meth:`record`."""
+        try:
+            return (self.place(record.tenant, record.name) / str(record.version) / _file(record)).read_bytes()
+        except FileNotFoundError:
+            raise no_such_state(record.name, record.version) from None
+
     def tensors(self, record: StateRecord) -> dict[str, Tensor]:
         """The tensors of a version's file; raises as :meth:`record`."""
         place = self.place(record.tenant, record.name)

@@ -251,7 +251,7 @@ def test_damaged_files_are_told(catalogue):
     with pytest.raises(CheckpointError, match="damaged"):
         other.resident("t", "hall")
     (folder / "delta.safetensors").write_bytes(delta(1).to_bytes()[:50])
-    with pytest.raises(CheckpointError, match="truncated"):
+    with pytest.raises(CheckpointError, match="damaged or truncated"):
         other.resident("t", "hall")
     (folder / "record.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"record\.json"):
@@ -339,8 +339,8 @@ def test_a_thousand_states_bounded_memory(tmp_path, count):
 def test_many_threads_one_file_read(catalogue):
     catalogue.publish("t", "hall", delta(1), FACTS)
     catalogue.evict()
-    reads, real = [], catalogue._files.tensors
-    catalogue._files.tensors = lambda record: (reads.append(1), threading.Event().wait(0.05), real(record))[2]
+    reads, real = [], catalogue._files.content
+    catalogue._files.content = lambda record: (reads.append(1), threading.Event().wait(0.05), real(record))[2]
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: catalogue.resident("t", "hall"), range(8)))
     assert len(reads) == 1 and len({id(one) for one in found}) == 1
