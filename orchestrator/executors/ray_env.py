@@ -18,7 +18,7 @@ _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a busy machine imports torch twice in a minute or two
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
