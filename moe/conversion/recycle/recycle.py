@@ -93,7 +93,7 @@ def recycle(
     target = read_successor(successor)
     source = read_dense(predecessor, "predecessor")
     layers = layer_map(target.depth, source.depth, chosen.depth)
-    mapped = _with_layers(predecessor, layers)
+    mapped = with_layers(predecessor, layers)
     wanted = _wanted(source, target)
     record = None if statistics is None else _record_with_layers(statistics, layers)
     experts, dense = recycling_lists(wanted, chosen, record, generator, dense=donor is None)
@@ -101,8 +101,8 @@ def recycle(
         rest, origin = select_dense(mapped, dense, target.moe_blocks), "predecessor"
     else:
         rest, origin = _checked_donor(donor or {}, target), "donor"
-    rest = _with_inherited_norms(rest, target) if chosen.inherit_norms else rest
-    _check_rest(successor, rest, origin)
+    rest = with_inherited_norms(rest, target) if chosen.inherit_norms else rest
+    check_rest(successor, rest, origin)
     cut = gather_experts(mapped, successor, target, experts)
     state = stitch(successor, rest, cut)
     return Recycled(state, experts, dense, {name: _origin(name, rest, cut, successor, origin) for name in state})
@@ -231,7 +231,7 @@ def _wanted(source: DenseLayout, target: SuccessorLayout) -> Wanted:
     )
 
 
-def _with_layers(state: Mapping[str, Tensor], layers: tuple[int, ...]) -> State:
+def with_layers(state: Mapping[str, Tensor], layers: tuple[int, ...]) -> State:
     """The network made of the given blocks, renumbered."""
     out: State = {name: tensor for name, tensor in state.items() if block_name(name) is None}
     for new, old in enumerate(layers):
@@ -256,7 +256,7 @@ def _checked_donor(donor: Mapping[str, Tensor], target: SuccessorLayout) -> Stat
     return dict(donor)
 
 
-def _with_inherited_norms(rest: State, target: SuccessorLayout) -> State:
+def with_inherited_norms(rest: State, target: SuccessorLayout) -> State:
     """``slot_norm`` as the norm before the layer, ``fc_norm`` as the final norm."""
     out = dict(rest)
     for kind in ("weight", "bias"):
@@ -268,7 +268,7 @@ def _with_inherited_norms(rest: State, target: SuccessorLayout) -> State:
     return out
 
 
-def _check_rest(successor: Mapping[str, Tensor], rest: Mapping[str, Tensor], origin: str) -> None:
+def check_rest(successor: Mapping[str, Tensor], rest: Mapping[str, Tensor], origin: str) -> None:
     """Every tensor that a dense network has is there in the successor's shape."""
     for name, tensor in successor.items():
         if "experts" in name or _FRESH.match(name):
