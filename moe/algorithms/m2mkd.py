@@ -161,13 +161,18 @@ class Method(Algorithm[Config]):
         """Losses of ``(images [B, C, H, W], soft labels [B, K] or classes [B])``; parts by pair for students."""
         from moe.conversion.kd import kd_loss
         from moe.conversion.teaching import TeachingPairs
-        from moe.losses import Losses
 
         images, target = batch
         if isinstance(module, TeachingPairs):
             losses = module.losses(module(images), target)
         else:
             losses = kd_loss(module(images), None, target, KDSpec(kind="none"))
+        return self.with_auxiliary(module, losses)
+
+    def with_auxiliary(self, module: nn.Module, losses: Losses) -> Losses:
+        """``losses`` of a forward pass of ``module``, plus balance losses and regulariser if the settings have them."""
+        from moe.losses import Losses
+
         extra = self._auxiliary(module)
         total = losses.total + sum(extra.values()) if extra else losses.total
         return Losses(total, {**losses.parts, **{name: value.detach() for name, value in extra.items()}})
