@@ -17,6 +17,7 @@ from moe.conversion.recycle.options import RecycleOptions, StatisticsOptions
 from moe.errors import nearest
 from moe.jetpack_specs import JetViTSpec, SoftMoESpec, SpheroSpec
 from moe.specs import BackboneSpec
+from workers.overlay import overlay
 from workers.transforms import Normalisation
 
 NetworkKind = Literal["sphero", "soft_moe", "dense"]
@@ -219,17 +220,8 @@ def fill_jetpack_preset(values: Any, fields: Mapping[str, Any]) -> Any:
     if name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}. {nearest(name, PRESETS)}")
     known = {key: _plain(value) for key, value in PRESETS[name].items() if key in fields and key != "recycle"}
-    return _merged(known, values)
+    return overlay(known, values)
 
 
 def _plain(value: Any) -> Any:
     return value.model_dump() if isinstance(value, BaseModel) else value
-
-
-def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """``top`` over ``base``: maps merge, everything else is replaced."""
-    out = dict(base)
-    for name, value in top.items():
-        below = out.get(name)
-        out[name] = _merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return out

@@ -15,6 +15,7 @@ from moe.algorithms.m2mkd import PRESETS, Config, Method
 from moe.errors import SpecError, nearest
 from moe.models.vit_specs import student_specs
 from workers.context import Input
+from workers.overlay import overlay
 
 PACKAGED = "vit_small_focus"
 """In place of a path: the pretrained ViT-S/14 that a Python package carries."""
@@ -76,7 +77,7 @@ def fill_method(values: Any) -> Any:
             raise ValueError(
                 f"teacher.depths={list(teacher['depths'])} add up to {seen}; the teacher of {name} has {wanted} blocks."
             )
-    return {**values, "method": _merge(base, own)}
+    return {**values, "method": overlay(base, own)}
 
 
 def check_method(config: Config) -> Config:
@@ -155,12 +156,3 @@ def in_order(inputs: Iterable[Input], count: int, what: str) -> list[Input]:
             "Wire one stage whose members are the positions, and the same number of stages in meta model and model.",
         )
     return [found[p][0] for p in range(count)]
-
-
-def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """``top`` over ``base``: maps merge, everything else is replaced."""
-    merged = dict(base)
-    for name, value in top.items():
-        below = merged.get(name)
-        merged[name] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return merged

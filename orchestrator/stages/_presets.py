@@ -10,6 +10,7 @@ from typing import Any
 
 from moe.algorithms.base import ALGORITHMS
 from moe.errors import SpecError, nearest
+from workers.overlay import overlay
 
 
 def fill_preset(values: Any) -> Any:
@@ -21,7 +22,7 @@ def fill_preset(values: Any) -> Any:
     if not isinstance(values, Mapping) or not values.get("preset"):
         return values
     try:
-        return merge(preset(str(values["preset"])), values)
+        return overlay(preset(str(values["preset"])), values)
     except SpecError as error:
         raise ValueError(str(error)) from None
 
@@ -44,12 +45,3 @@ def preset(text: str) -> dict[str, Any]:
     if part not in table[dataset]:
         raise SpecError(f"The preset {algorithm}/{dataset} has no part {part!r}.", nearest(part, table[dataset]))
     return table[dataset][part]
-
-
-def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """``top`` over ``base``: maps merge, everything else is replaced."""
-    merged = dict(base)
-    for name, value in top.items():
-        below = merged.get(name)
-        merged[name] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return merged

@@ -9,12 +9,13 @@ them. Overwriting a file in place doesn't; ``moepipe data verify`` finds that. N
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from workers.datasets._kept_record import keep, read_kept, unchanged
 
 KEPT = ".moepipe_index.json"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -40,14 +41,14 @@ class FolderIndex:
 
 def folder_index(folder: Path, domains: Sequence[str]) -> FolderIndex:
     """The images of ``folder/<domain>/<class>/``; all domain folders must exist. Hidden folders are left out."""
-    known = _kept(folder)
-    if known is not None and list(known.classes) == list(domains) and _unchanged(folder, known.folders):
+    known = read_kept(folder / KEPT, FolderIndex, _FORMAT)
+    if known is not None and list(known.classes) == list(domains) and unchanged(folder, known.folders):
         return known
     folders: dict[str, int] = {}
     digest = hashlib.sha256(f"{_FORMAT}\n".encode())
     classes = {domain: _domain(folder, domain, folders, digest) for domain in domains}
     found = FolderIndex(_FORMAT, folders, classes, digest.hexdigest())
-    _keep(folder, found)
+    keep(folder / KEPT, found)
     return found
 
 
@@ -75,30 +76,3 @@ def _class(folder: Path, below: str, folders: dict[str, int], digest: Any) -> li
                 found.append(prefix + name)
                 digest.update(f"{below}/{prefix}{name}\0{os.stat(os.path.join(place, name)).st_size}\n".encode())
     return found
-
-
-def _unchanged(folder: Path, folders: dict[str, int]) -> bool:
-    try:
-        return all(os.stat(folder / name).st_mtime_ns == time for name, time in folders.items())
-    except OSError:
-        return False
-
-
-def _kept(folder: Path) -> FolderIndex | None:
-    """What was kept, if it can be read; absent or damaged means that it is found out anew."""
-    try:
-        record: Any = json.loads((folder / KEPT).read_text())
-        known = FolderIndex(**record)
-    except (OSError, ValueError, TypeError):
-        return None
-    return known if known.format == _FORMAT and isinstance(known.folders, dict) else None
-
-
-def _keep(folder: Path, record: FolderIndex) -> None:
-    """Atomically write ``record``; a data root that is read-only or full only costs the next start some seconds."""
-    aside = folder / f"{KEPT}.{os.getpid()}"
-    try:
-        aside.write_text(json.dumps(asdict(record)))
-        os.replace(aside, folder / KEPT)
-    except OSError:
-        aside.unlink(missing_ok=True)

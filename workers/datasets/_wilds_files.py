@@ -10,14 +10,13 @@ No pandas or torch here: planning a run computes this.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moe.errors import DataError
+from workers.datasets._kept_record import keep, read_kept, unchanged
 
 KEPT = ".moepipe_files.json"
 _FORMAT = 1
@@ -54,9 +53,9 @@ def files_digest(folder: Path, tables: Sequence[str], images: str, listed: Seque
     Raises:
         DataError: a listed image is not there.
     """
-    known = _kept(folder)
+    known = read_kept(folder / KEPT, FilesRecord, _FORMAT)
     sha = _tables_digest(folder, tables)
-    valid = known is not None and known.tables == sha and _unchanged(folder, known.folders)
+    valid = known is not None and known.tables == sha and unchanged(folder, known.folders)
     if known is not None and valid and (known.complete or listed is None):
         return known.sha256
     if known is not None and valid:
@@ -73,7 +72,7 @@ def files_digest(folder: Path, tables: Sequence[str], images: str, listed: Seque
         known = FilesRecord(_FORMAT, sha, folders, found, False)
     if listed is not None:
         _require(folder, tables[0], listed, present)
-    _keep(folder, FilesRecord(_FORMAT, sha, known.folders, found, listed is not None))
+    keep(folder / KEPT, FilesRecord(_FORMAT, sha, known.folders, found, listed is not None))
     return found
 
 
@@ -109,30 +108,3 @@ def _walk(folder: Path, below: str, folders: dict[str, int], sizes: bool = True)
             yield from _walk(folder, name, folders, sizes)
         else:
             yield name, (entry.stat().st_size if sizes else 0)
-
-
-def _unchanged(folder: Path, folders: dict[str, int]) -> bool:
-    try:
-        return all(os.stat(folder / name).st_mtime_ns == time for name, time in folders.items())
-    except OSError:
-        return False
-
-
-def _kept(folder: Path) -> FilesRecord | None:
-    """What was kept, if it can be read; absent or damaged means that it is found out anew."""
-    try:
-        record: Any = json.loads((folder / KEPT).read_text())
-        known = FilesRecord(**record)
-    except (OSError, ValueError, TypeError):
-        return None
-    return known if known.format == _FORMAT and isinstance(known.folders, dict) else None
-
-
-def _keep(folder: Path, record: FilesRecord) -> None:
-    """Atomically write ``record``; a data root that is read-only or full only costs the next start some seconds."""
-    aside = folder / f"{KEPT}.{os.getpid()}"
-    try:
-        aside.write_text(json.dumps(asdict(record)))
-        os.replace(aside, folder / KEPT)
-    except OSError:
-        aside.unlink(missing_ok=True)

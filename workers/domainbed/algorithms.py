@@ -17,6 +17,7 @@ from moe.algorithms.base import Algorithm, algorithm
 from moe.errors import SpecError, nearest
 from workers.domainbed.hparams import Value
 from workers.domainbed.protocol import protocol
+from workers.overlay import overlay
 
 if TYPE_CHECKING:
     from moe.student import Student
@@ -94,7 +95,7 @@ def make_algorithm(
     if name == "gmoe" and network.get("gmoe") is None:
         network["gmoe"] = _gmoe_fields(hparams)
     fields: dict[str, Any] = {
-        "backbone": _merged(network, method.config.get("backbone")),
+        "backbone": overlay(network, method.config.get("backbone") or {}),
         "train": {
             "batch_size": hparams["batch_size"],
             "per_domain": True,
@@ -108,7 +109,7 @@ def make_algorithm(
     }
     fields |= {ours: hparams[name] for name, ours in _FIELDS.get(method.hparams_of, {}).items() if name in hparams}
     fields |= _emoe_fields(hparams) if name == "emoe" and "topk" in hparams else {}
-    fields = _merged(fields, {key: value for key, value in method.config.items() if key != "backbone"})
+    fields = overlay(fields, {key: value for key, value in method.config.items() if key != "backbone"})
     fields["backbone"] |= {"channels": data.channels, "image_size": data.image_size}
     try:
         return kind(kind.Config(**fields))
@@ -200,12 +201,3 @@ def _emoe_fields(hparams: Mapping[str, Value]) -> dict[str, Any]:
         "aux_weight": 0.01 * float(hparams["aux_loss_weight"]),
     }
     return {"emoe": emoe, **{name: hparams[name] for name in ("num_inter", "every_moe", "skip_last")}}
-
-
-def _merged(base: Mapping[str, Any], top: Any) -> dict[str, Any]:
-    """``top`` over ``base``: maps merge, everything else is replaced."""
-    found = dict(base)
-    for key, value in (top or {}).items():
-        below = found.get(key)
-        found[key] = _merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return found
