@@ -27,6 +27,7 @@ NAMES = (
     "nac",
     "recycle",
     "teaching_pairs",
+    "compare",
     "serve",
 )
 

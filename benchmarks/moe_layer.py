@@ -19,7 +19,7 @@ from moe.layers.experts import Experts
 from moe.layers.kernel_choice import describe_choice
 from moe.layers.kernels import expert_ffn
 from moe.layers.layer import MoELayer
-from moe.specs import RouterSpec
+from moe.router_spec import RouterSpec
 
 GMOE = (384, 1536, 6, 1576)
 LIMITS = {1: 1.10, 2: 1.15}

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from moe.errors import CheckpointError, SpecError
+from moe.jetpack_specs import JetViTSpec
 from moe.layers.block import MoEBlock
 from moe.models.mnist_cnn import MnistCNN
+from moe.models.vit_specs import VMoESpec
 from moe.specs import TORCHVISION_CHILDREN, BackboneSpec, StudentMoESpec
 from moe.student import Layout, Student, StudentOutput, set_submodule, student_key, student_view
 from moe.tiny import DEFAULT_WIDTH, TinyCNN
@@ -32,6 +35,7 @@ __all__ = [
 ]
 
 VIT_SMALL = "vit_small_patch14_dinov2"
+S = TypeVar("S", JetViTSpec, VMoESpec)
 
 
 def build_classifier(spec: BackboneSpec, num_outputs: int) -> nn.Module:
@@ -89,7 +93,7 @@ def layout_of(spec: BackboneSpec, model: nn.Module) -> Layout:
     name = spec.name.removeprefix("torchvision:")
     if name == "tiny_cnn" or name in TORCHVISION_CHILDREN:
         return Layout("children", "fc")
-    if name == "mnist_cnn":
+    if name in ("mnist_cnn", "jetvit", "vmoe"):
         return Layout("whole", "head")
     if spec.name.startswith("torchvision:"):
         return Layout("features", "classifier", spec.last_relu)
@@ -189,6 +193,15 @@ def _network(spec: BackboneSpec, num_outputs: int) -> nn.Module:
         return MnistCNN(spec.channels, num_outputs)
     if spec.name == "vit_small_focus" or spec.name.startswith("timm:"):
         return _timm(spec, num_outputs)
+    if spec.jetvit is not None:
+        from moe.models.sphero_vit import build_sphero_vit
+
+        jetvit: nn.Module = build_sphero_vit(_at_size(spec.jetvit, spec), num_outputs)
+        return jetvit
+    if spec.vmoe is not None:
+        from moe.models.vmoe import build_vit
+
+        return build_vit(_at_size(spec.vmoe, spec).model_copy(update={"num_classes": num_outputs}))
     import torchvision
 
     name = "mobilenet_v2" if spec.name == "mobilenet_v2_sort" else spec.name.removeprefix("torchvision:")
@@ -220,7 +233,19 @@ def _timm(spec: BackboneSpec, num_outputs: int) -> nn.Module:
         from moe.models.vit_tail import VitTail
 
         return VitTail(model, spec.first_block)
+    if spec.emoe is not None:
+        from moe.models.emoe_convert import convert_layers
+
+        # Any grouping will do: a stored network brings its own, and `workers.weights` groups pretrained neurons.
+        split = spec.emoe.split if spec.emoe.split == "copy" else "contiguous"
+        with torch.device("cpu"):  # labels are looked at, also when shapes alone are wanted
+            convert_layers(model, spec.emoe_layers, spec.emoe.model_copy(update={"split": split}))
     return model
+
+
+def _at_size(own: S, spec: BackboneSpec) -> S:
+    """A network's description for the images that the backbone is asked for."""
+    return own.model_copy(update={"channels": spec.channels, "image_size": spec.image_size or own.image_size})
 
 
 def _takes_image_size(name: str) -> bool:

@@ -27,6 +27,7 @@ class Admission:
         self._passed_over: dict[str, float] = {}
         self._reserved: set[str] = set()
         self._starved: float | None = None
+        self._slots: dict[str, int] = {}
 
     def open(self, names: Iterable[str]) -> None:
         """Ask for the capacity, at the first miss (a run of hits never starts Ray).
@@ -51,16 +52,32 @@ class Admission:
         wanted = set(rank_demand(resources))
         if not (wanted & self._reserved) and self._ledger.take(name, resources):
             self._passed_over.pop(name, None)
+            self._widen(name)
             return True
         now = time.monotonic()
         if now - self._passed_over.setdefault(name, now) > PATIENCE_S:
             self._reserved |= wanted
         return False
 
+    def _widen(self, name: str) -> None:
+        """Give a node that can use its resources several times over as much of the rest as it wants."""
+        node, taken = self._graph.nodes[name], 1
+        most = self._graph.stages[node.stage].stage.slots(node.config)
+        while taken < most and self._ledger and self._ledger.take(f"{name}#{taken}", node.resources):
+            taken += 1
+        if most > 1:
+            self._slots[name] = taken
+
+    def slots(self, name: str) -> int:
+        """How many times its resources a node has taken."""
+        return self._slots.get(name, 1)
+
     def give_back(self, name: str) -> None:
         """Free a node's resources."""
         if self._ledger is not None:
             self._ledger.give_back(name)
+            for number in range(1, self._slots.pop(name, 1)):
+                self._ledger.give_back(f"{name}#{number}")
 
     def refresh(self) -> Capacity | None:
         """Ask again how much there is (after machines failed)."""

@@ -1,4 +1,4 @@
-"""Where the store's bytes lie: a local folder, or anything that fsspec can reach.
+"""Where the store's bytes lie: a local folder here, or anything that fsspec can reach (``blobs_remote``).
 
 The two differ in how a folder becomes visible at once. A local folder is renamed into place. An object store has no
 rename, so the manifest is uploaded last and a folder without one does not exist for readers.
@@ -12,10 +12,10 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from moe.errors import EnvironmentProblem
-from orchestrator.artifacts import MANIFEST, disk_problem
+from orchestrator.artifacts import disk_problem
 
 
 class Blobs(Protocol):
@@ -27,6 +27,14 @@ class Blobs(Protocol):
 
     def write(self, path: str, data: bytes) -> None:
         """Write a small file so that readers see the old or the new bytes, never a part."""
+        ...
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a small file that must not exist yet; False, and nothing written, when it does."""
+        ...
+
+    def modified(self, path: str) -> float | None:
+        """When a file was written, in seconds since 1970 by the clock of where it lies; None when it is not there."""
         ...
 
     def sizes(self, folder: str) -> dict[str, int]:
@@ -51,7 +59,8 @@ class Blobs(Protocol):
 
 
 @contextmanager
-def _plain_errors(path: Path | str) -> Iterator[None]:
+def plain_errors(path: Path | str) -> Iterator[None]:
+    """A full disk and missing rights become errors for people."""
     try:
         yield
     except OSError as error:
@@ -71,7 +80,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with _plain_errors(path):
+        with plain_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             aside.write_bytes(data)
             os.replace(aside, path)
@@ -97,6 +106,25 @@ class LocalBlobs:
         """See :class:`Blobs`."""
         write_atomic(self.root / path, data)
 
+    def create(self, path: str, data: bytes) -> bool:
+        """See :class:`Blobs`."""
+        target = self.root / path
+        with plain_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with target.open("xb") as stream:
+                    stream.write(data)
+            except FileExistsError:
+                return False
+        return True
+
+    def modified(self, path: str) -> float | None:
+        """See :class:`Blobs`."""
+        try:
+            return (self.root / path).stat().st_mtime
+        except FileNotFoundError:
+            return None
+
     def sizes(self, folder: str) -> dict[str, int]:
         """See :class:`Blobs`."""
         base = self.root / folder
@@ -111,7 +139,7 @@ class LocalBlobs:
     def put(self, source: Path, folder: str) -> None:
         """See :class:`Blobs`. A folder that is there already is the damaged one and is replaced."""
         target = self.root / folder
-        with _plain_errors(target):
+        with plain_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.rename(source, target)
@@ -126,7 +154,7 @@ class LocalBlobs:
 
     def get(self, folder: str, target: Path) -> None:
         """See :class:`Blobs`."""
-        with _plain_errors(target):
+        with plain_errors(target):
             shutil.copytree(self.root / folder, target, dirs_exist_ok=True)
 
     def names(self, folder: str) -> list[str]:
@@ -143,66 +171,3 @@ class LocalBlobs:
             shutil.rmtree(target, ignore_errors=True)
         else:
             target.unlink(missing_ok=True)
-
-
-class RemoteBlobs:
-    """Any fsspec file system: ``memory://``, ``s3://``, ``gs://``, ..."""
-
-    def __init__(self, filesystem: Any, root: str) -> None:
-        self.fs = filesystem
-        self.root = root.rstrip("/")
-
-    def _full(self, path: str) -> str:
-        return f"{self.root}/{path}"
-
-    def read(self, path: str) -> bytes | None:
-        """See :class:`Blobs`."""
-        try:
-            return bytes(self.fs.cat_file(self._full(path)))
-        except FileNotFoundError:
-            return None
-
-    def write(self, path: str, data: bytes) -> None:
-        """See :class:`Blobs`. Object stores make a single upload visible at once."""
-        with _plain_errors(path):
-            self.fs.makedirs(self._full(path).rpartition("/")[0], exist_ok=True)
-            self.fs.pipe_file(self._full(path), data)
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        """See :class:`Blobs`."""
-        base = self._full(folder)
-        found = self.fs.find(base, detail=True)
-        start = len(self.fs._strip_protocol(base)) + 1
-        return {name[start:]: int(info["size"]) for name, info in found.items()}
-
-    def put(self, source: Path, folder: str) -> None:
-        """See :class:`Blobs`. The manifest goes last."""
-        files = [path for path in sorted(source.rglob("*")) if path.is_file()]
-        files.sort(key=lambda path: path.name == MANIFEST and path.parent == source)
-        with _plain_errors(folder):
-            for path in files:
-                target = f"{self._full(folder)}/{path.relative_to(source).as_posix()}"
-                self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-                self.fs.put_file(str(path), target)
-        shutil.rmtree(source, ignore_errors=True)
-
-    def get(self, folder: str, target: Path) -> None:
-        """See :class:`Blobs`."""
-        for name in self.sizes(folder):
-            path = target / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _plain_errors(path):
-                self.fs.get_file(f"{self._full(folder)}/{name}", str(path))
-
-    def names(self, folder: str) -> list[str]:
-        """See :class:`Blobs`."""
-        try:
-            found = self.fs.ls(self._full(folder), detail=False)
-        except FileNotFoundError:
-            return []
-        return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
-
-    def remove(self, path: str) -> None:
-        """See :class:`Blobs`."""
-        with suppress(FileNotFoundError):
-            self.fs.rm(self._full(path), recursive=True)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from moe.errors import MoepipeError
-from orchestrator import cli_checkpoint, cli_data, cli_domainbed, cli_read, cli_run, cli_serve, cli_tools
+from orchestrator import cli_checkpoint, cli_compare, cli_data, cli_domainbed, cli_read, cli_run, cli_serve, cli_tools
 from orchestrator.cli_options import JSON_KEY
 
 
@@ -64,13 +65,14 @@ def options(
         os.environ["NO_COLOR"] = "1"
 
 
-for panel, commands in {
+PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Run": (cli_run.submit, cli_run.plan, cli_run.validate, cli_run.resume, cli_run.cancel),
-    "Look": (cli_read.status, cli_read.logs, cli_read.runs, cli_read.show),
+    "Look": (cli_read.status, cli_read.logs, cli_read.runs, cli_read.show, cli_compare.compare),
     "Serve": (cli_serve.serve, cli_serve.adapt, cli_serve.predict),
     "Write a pipeline": (cli_tools.init, cli_read.ls, cli_read.explain, cli_read.schema),
     "House-keeping": (cli_tools.doctor, cli_tools.ui, cli_tools.gc, cli_tools.version),
-}.items():
+}
+for panel, commands in PANELS.items():
     for function in commands:
         app.command(rich_help_panel=panel)(function)
 app.add_typer(cli_data.app, name="data", rich_help_panel="House-keeping")

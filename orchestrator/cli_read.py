@@ -137,6 +137,7 @@ def show(
     run: opt.RunId = "latest",
     node: NodeId = None,
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file of the artifacts again.")] = False,
+    why: Annotated[bool, typer.Option("--why", help="What it was made from, back to the data; NODE or all.")] = False,
     store: opt.StoreUrl = opt.DEFAULT_STORE,
     json: opt.Json = False,
 ) -> None:
@@ -147,6 +148,9 @@ def show(
 
     place = Store.open(store)
     found = RunStore(place).open(run)
+    if why:
+        cli_show.print_why(found, place, node, json)
+        return
     view = view_of(found)
     members = list(view.nodes.values()) if node is None else cli_show.find_members(view, node)
     if verify:

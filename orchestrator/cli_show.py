@@ -171,3 +171,15 @@ def print_member(document: dict[str, Any]) -> None:
         console.say(f"  artifact  {artifact['kind']} {artifact['digest']}", f"            {artifact['path']}")
         for file, size in artifact["files"].items():
             console.say(f"            {file}  {console.size(size)}")
+
+
+def print_why(run: Run, store: Store, node: str | None, json: bool) -> None:
+    """What a member, a stage or (None) the final stages were made from."""
+    from orchestrator.lineage import Lineage, to_json, tree
+
+    lineage = Lineage(run, store)
+    roots = lineage.roots(node)
+    if json:
+        console.emit_json(console.finite(to_json(lineage, run.id, roots)))
+    else:
+        console.say(*tree(lineage, roots))

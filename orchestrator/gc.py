@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def survey(store: Store, keep_last: int, verify: bool = False) -> Garbage:
         digests, keys = _needs(run)
         used |= digests
         unfinished |= keys
+    used |= _trials(store, used)
     for digest in store.digests():
         problem = _damage(store, digest) if verify else ""
         if problem:
@@ -89,6 +91,15 @@ def _needs(run: Run) -> tuple[set[str], set[str]]:
         elif event.kind == "member-started" and "key" in event.data:
             begun[event.node] = str(event.data["key"])
     return digests, set(begun.values())
+
+
+def _trials(store: Store, digests: set[str]) -> set[str]:
+    """Trials of the searches among some artifacts: a search with another space takes them over."""
+    found: set[str] = set()
+    for digest in digests:
+        with suppress(NotFoundError):
+            found.update(store.artifact(digest).meta.get("search", {}).get("artifacts", ()))
+    return found
 
 
 def _size(store: Store, digest: str) -> int:

@@ -17,7 +17,7 @@ from orchestrator.spec import PipelineSpec
 from orchestrator.stages.base import StageBase, StageConfig
 from orchestrator.strictness import parse
 from orchestrator.validation import validate
-from orchestrator.wiring import Draft, references, stage_for, upstream, wiring_problems
+from orchestrator.wiring import Draft, bound, references, stage_for, upstream, wiring_problems
 
 __all__ = ["Graph", "Node", "StageView", "assemble", "build_graph", "derive_seed", "stage_for", "topological_order"]
 
@@ -64,8 +64,15 @@ def assemble(spec: PipelineSpec) -> tuple[Graph | None, list[LintProblem]]:
             config, errors = parse(stages[name].Config, stage_spec.config)
             if config is not None:
                 configs[name] = config
+                stage, found = bound(name, stages[name], config)
+                problems += found
             else:
+                stage = None if stages[name].open_ports else stages[name]
                 problems.append(LintProblem("config", ("stages", name, "config"), f"{len(errors)} fields are wrong."))
+            if stage is None:
+                del stages[name]
+            else:
+                stages[name] = stage
         except MoepipeError as error:
             problems.append(LintProblem("config", ("stages", name, "config"), error.message, error.hint))
     drafts = {

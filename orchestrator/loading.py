@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -19,8 +20,9 @@ from orchestrator.overrides import apply_overrides
 from orchestrator.positions import Place, Problem, SpecErrors, Tree, found
 from orchestrator.references import resolve
 from orchestrator.spec import PipelineSpec
+from orchestrator.stages.base import StageBase
 from orchestrator.validation import validate
-from orchestrator.wiring import Draft, stage_for, wiring_problems
+from orchestrator.wiring import Draft, bound, stage_for, wiring_problems
 from orchestrator.yaml_reader import read_file
 
 MAX_EXTENDS = 50
@@ -241,9 +243,15 @@ def _draft(name: str, block: Tree, problems: list[Problem]) -> Draft:
         problems.append(Problem(kind.place, f"stages.{name}.kind", error.message, error.hint))
         return Draft(name, None, _written_inputs(block))
     config = block.child("config") or Tree({}, block.place, block.key)
+    known: StageBase[Any] | None = None if stage.open_ports else stage
     if isinstance(config.value, dict):
-        problems += validate(stage.Config, config, ("stages", name, "config"))[1]
-    return Draft(name, stage, _written_inputs(block))
+        parsed, details = validate(stage.Config, config, ("stages", name, "config"))
+        problems += details
+        if parsed is not None:
+            known, findings = bound(name, stage, parsed)
+            here = Tree({"stages": Tree({name: block}, block.place, block.key)}, block.place, block.key)
+            problems += [finding.at(here) for finding in findings]
+    return Draft(name, known, _written_inputs(block))
 
 
 def _written_inputs(block: Tree) -> dict[str, list[str | None]]:

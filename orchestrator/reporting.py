@@ -39,10 +39,11 @@ class TaskReporter:
         self._sent = 0.0
 
     def progress(self, done: int, total: int, **values: float) -> None:
-        """At most five times a second something is sent; the newest state wins."""
+        """At most five times a second something is sent, the newest state wins; scores (``val/...``) go at once."""
         numbers = {name: float(value) for name, value in values.items()}
         self._pending = {"done": int(done), "total": int(total), "values": numbers}
-        if time.monotonic() - self._sent >= INTERVAL_S:
+        scored = any(name.startswith("val/") for name in numbers)
+        if scored or time.monotonic() - self._sent >= INTERVAL_S:
             self.flush()
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:

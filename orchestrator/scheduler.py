@@ -254,7 +254,8 @@ class _Loop:
         self.flights[name] = _Flight(lock, key)
         self.attempts[name] = self.attempts.get(name, 0) + 1
         place = Place(self.store, self.run, str(self.data_root))
-        self.executor.start(make_task(self.graph, node, key, self.inputs[name], self.attempts[name], place))
+        slots = self.room.slots(name)
+        self.executor.start(make_task(self.graph, node, key, self.inputs[name], self.attempts[name], place, slots))
         self.announce(name)
         return True
 
@@ -262,7 +263,8 @@ class _Loop:
         """Tell the executor about gangs that wait for nothing but ``name`` and others that are ready or run."""
         nodes, stages = self.graph.nodes, self.graph.stages
         # Few nodes are gangs; only for those is it worth looking at everything that is ready.
-        gangs = [child for child in self.graph.children[name] if stages[nodes[child].stage].stage.gang]
+        kinds = {child: stages[nodes[child].stage].stage for child in self.graph.children[name]}
+        gangs = [child for child, stage in kinds.items() if stage.gang and not stage.leads]
         if not gangs:
             return
         busy = {*self.flights, *self.ready}

@@ -148,7 +148,7 @@ def _kind_rule(kind: str, stage: StageBase[Any], defs: Json) -> Json:
             "inputs": {
                 "type": ["object", "null"],
                 "properties": {name: _port(port) for name, port in stage.inputs.items()},
-                "additionalProperties": False,
+                "additionalProperties": _port(Port("any", many=True)) if stage.open_ports else False,
             },
         }
     }

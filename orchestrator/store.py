@@ -36,7 +36,7 @@ from orchestrator.artifacts import (
     file_digest,
     size_problem,
 )
-from orchestrator.blobs import Blobs, LocalBlobs, RemoteBlobs, write_atomic
+from orchestrator.blobs import Blobs, LocalBlobs, write_atomic
 
 DEFAULT_URL = "./.moepipe"
 
@@ -112,8 +112,11 @@ class Store:
             return Store(str(folder), LocalBlobs(folder), folder, local=True)
         import fsspec
 
+        from orchestrator.blobs_remote import RemoteBlobs
+
         try:
-            filesystem, root = fsspec.core.url_to_fs(text)
+            # No listings cache: other machines write to the same store.
+            filesystem, root = fsspec.core.url_to_fs(text, use_listings_cache=False)
         except (ValueError, ImportError) as error:
             raise EnvironmentProblem(
                 f"The store {text} cannot be opened: {error}.", "Install its fsspec driver."
@@ -121,7 +124,7 @@ class Store:
         base = cache or Path(os.environ.get("MOEPIPE_CACHE") or Path("~/.cache/moepipe").expanduser())
         folder = base.resolve() / hashlib.sha256(text.encode()).hexdigest()[:16]
         _make_folder(folder)
-        return Store(text, RemoteBlobs(filesystem, root), folder, local=False)
+        return Store(text, RemoteBlobs(filesystem, root, text), folder, local=False)
 
     # ---- looking up ------------------------------------------------------------------------------------------------
 

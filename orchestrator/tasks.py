@@ -22,7 +22,7 @@ class Place:
     data_root: str
 
 
-def make_task(graph: Graph, node: Node, key: Key, inputs: Inputs, attempt: int, place: Place) -> Task:
+def make_task(graph: Graph, node: Node, key: Key, inputs: Inputs, attempt: int, place: Place, slots: int = 1) -> Task:
     """Everything that a process needs to run ``node``."""
     stage = graph.stages[node.stage].stage
     return Task(
@@ -47,4 +47,6 @@ def make_task(graph: Graph, node: Node, key: Key, inputs: Inputs, attempt: int, 
         data_root=place.data_root,
         attempt=attempt,
         weight=node.member.weight,
+        leads=stage.leads,
+        slots=slots,
     )

@@ -49,6 +49,15 @@ def stage_for(kind: str) -> StageBase[Any]:
     return stage
 
 
+def bound(name: str, stage: StageBase[Any], config: Any) -> tuple[StageBase[Any] | None, list[LintProblem]]:
+    """A stage as it is under its config (None when its ports cannot be known), and what is wrong with the config."""
+    found = stage.examine(config)
+    problems = [LintProblem("examined", ("stages", name, "config", *path), text, hint) for path, text, hint in found]
+    if problems:
+        return (None if stage.open_ports else stage), problems
+    return stage.bind(config), []
+
+
 def references(value: str | Sequence[str]) -> tuple[str, ...]:
     """The references of one input, as written."""
     return (value,) if isinstance(value, str) else tuple(value)

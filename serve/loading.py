@@ -2,8 +2,8 @@
 
 A source is one of
 
-- a folder with a ``manifest.json``: an artifact of kind ``model`` or ``student``, or a *bundle* (kind ``served``, made
-  by :func:`write_bundle`) that carries the experts with it;
+- a folder with a ``manifest.json``: an artifact of kind ``model``, ``student``, ``jetpack_run`` or ``m2mkd_network``,
+  or a *bundle* (kind ``served``, made by :func:`write_bundle`) that carries the experts with it;
 - the digest of an artifact in the store, or its first 8 digits or more;
 - a run id (``RUN`` takes its first student, else its only model; ``RUN/NODE`` names the member);
 - ``models:/NAME@ALIAS``: a version in MLflow's registry whose tag ``moepipe.artifact`` holds the digest.
@@ -31,7 +31,8 @@ from orchestrator.tracking_state import tracking_uri
 from workers.modelfile import AGGREGATOR_FILE, MODEL_FILE
 
 BUNDLE = "served"
-_SERVABLE = (BUNDLE, "student", "model")
+_MODELS = ("model", "jetpack_run", "m2mkd_network")
+_SERVABLE = (BUNDLE, "student", *_MODELS)
 _REGISTRY = re.compile(r"models:/(?P<name>[^@/]+)(?:@(?P<alias>[^@/]+)|/(?P<version>\d+))")
 _DIGITS = re.compile(r"[0-9a-f]{8,64}")
 _NATURAL = re.compile(r"(\d+)")
@@ -232,7 +233,7 @@ def _of_run(source: str, store: Store) -> Parts:
             raise NotFoundError(f"Run {run.id} has no finished member {node!r}.", f"It has: {', '.join(made)}.")
         return _stored(store, made[node], run.spec().name)
     students = [name for name in sorted(made, key=_natural) if kinds[name] == "student"]
-    models = [name for name in sorted(made, key=_natural) if kinds[name] == "model"]
+    models = [name for name in sorted(made, key=_natural) if kinds[name] in _MODELS]
     chosen = students[:1] or models
     if not chosen:
         raise NotFoundError(f"Run {run.id} has made no model yet.", f"See `moepipe status {run.id}`.")

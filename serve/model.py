@@ -107,7 +107,7 @@ class ServedModel:
             task=data.task,
             outputs=int(meta["num_outputs"]),
             class_names=class_names(data, meta, parts.class_names),
-            channels=int(meta["backbone"]["channels"]),
+            channels=spec.channels or int(meta["backbone"]["channels"]),
             image_size=size,
             transform=spec.model_dump(mode="json"),
             experts=0 if why else len(experts),

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moe.errors import DataError
+from moe.errors import DataError, SpecError
 from workers.datasets.base import Images, IntArray
 from workers.transforms import Transform
 
@@ -137,19 +137,34 @@ class DomainSampler:
         domains: domain of each, ``[N]``.
         batch_size: rows per batch.
         seed: the batch of a step depends on nothing but (seed, step).
+        balanced: every batch has as many rows of each domain, domain after domain.
+
+    Raises:
+        DataError: there are no rows.
+        SpecError: ``balanced``, and the domains do not divide the batch.
     """
 
-    def __init__(self, rows: IntArray, domains: IntArray, batch_size: int, seed: int) -> None:
+    def __init__(self, rows: IntArray, domains: IntArray, batch_size: int, seed: int, balanced: bool = False) -> None:
         if not len(rows):
             raise DataError("There are no rows to train on.", "Check the split and the domain group.")
         self._by_domain = [rows[domains == domain] for domain in np.unique(domains)]
-        self._batch_size, self._seed = batch_size, seed
+        self._batch_size, self._seed, self._balanced = batch_size, seed, balanced
+        if balanced and batch_size % len(self._by_domain):
+            count = len(self._by_domain)
+            raise SpecError(
+                f"batch_size={batch_size} cannot be shared equally by {count} domains.",
+                f"Use a multiple of {count}, e.g. {max(1, round(batch_size / count)) * count}.",
+            )
         self.steps_per_epoch = -(-len(rows) // batch_size)
 
     def batch(self, step: int) -> IntArray:
         """Row numbers of ``step``, int64 ``[batch_size]``; a domain's rows are drawn with replacement."""
         rng = np.random.default_rng((self._seed, step))
-        chosen = rng.integers(len(self._by_domain), size=self._batch_size)
+        count = len(self._by_domain)
+        if self._balanced:
+            chosen = np.repeat(np.arange(count), self._batch_size // count)
+        else:
+            chosen = rng.integers(count, size=self._batch_size)
         return np.array([rng.choice(self._by_domain[domain]) for domain in chosen], dtype=np.int64)
 
 

@@ -41,6 +41,7 @@ class EvaluateSettings:
     image_size: int | None = None
     official_rxrx1: bool = False
     batch_size: int = 128
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 def evaluate_member(data: DomainData, settings: EvaluateSettings, context: Context) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def evaluate_member(data: DomainData, settings: EvaluateSettings, context: Conte
     wired = _Wired(context, device)
     models, teacher = wired.models()
     adaptations = _adaptations(settings, wired, data.info.task)
-    methods = standard_methods(models, adaptations, data.info.task)
+    methods = standard_methods(models, adaptations, data.info.task, settings.labels)
     if not methods:
         raise SpecError("There is nothing to evaluate.", "Wire erm, student, aggregator or oracle to the stage.")
     size = settings.image_size or wired.image_size()
@@ -80,6 +81,7 @@ def evaluate_member(data: DomainData, settings: EvaluateSettings, context: Conte
         aggregator=teacher,
         tokens=wired.tokens() if teacher is not None or models.aggregator is not None else None,
         device=device,
+        timings=context.metrics,
     )
     result.save(context.output)
     headline = _headline(result)

@@ -7,7 +7,7 @@ Source of the procedure: Meta-DMoE (arXiv 2210.03885), section 5.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +20,7 @@ from moe.errors import SpecError
 from workers.batches import ImageReader, chunks
 from workers.context import Reporter
 from workers.datasets.base import DomainData, IntArray
+from workers.evaluation_cost import IMAGES, latency_ms, model_cost
 from workers.evaluation_methods import ImageSource, Method, TokenSource
 from workers.evaluation_result import Attention, Curve, EvaluationResult, StreamResult
 from workers.evaluation_scores import Scorer, Scores, method_results
@@ -81,6 +82,7 @@ def evaluate_methods(
     tokens: TokenSource | None = None,
     device: torch.device | None = None,
     loader_threads: int = 0,
+    timings: Callable[[Mapping[str, float]], None] | None = None,
 ) -> EvaluationResult:
     """Adapt, predict and score.
 
@@ -95,6 +97,7 @@ def evaluate_methods(
         tokens: experts' features; needed with an aggregator.
         device: where the models are; CPU by default.
         loader_threads: decoding threads.
+        timings: takes ``latency_ms/MODEL`` of each model; not part of the result, since it depends on the machine.
 
     Raises:
         SpecError: no methods, two of one name, or a method that needs what is not there.
@@ -110,7 +113,7 @@ def evaluate_methods(
     images = ImageSource(reader, device or torch.device("cpu"), len(data.images), options.seed)
     runner = _Runner(data, methods, options, reporter, images, aggregator, tokens)
     try:
-        return runner.run(domains)
+        return runner.run(domains, timings)
     finally:
         reader.close()
 
@@ -135,8 +138,11 @@ class _Runner:
         self.parts = 1 + len(set(options.curve_sizes) - {0})
         self.unadapted: dict[str, int] = {}
 
-    def run(self, domains: Sequence[DomainRows]) -> EvaluationResult:
+    def run(
+        self, domains: Sequence[DomainRows], timings: Callable[[Mapping[str, float]], None] | None = None
+    ) -> EvaluationResult:
         options, info = self.options, self.data.info
+        costs = self._costs(domains[0].score[:IMAGES], timings)
         logits, losses, mass = self._all_domains(domains, self.methods, part=0)
         rows = np.concatenate([domain.score for domain in domains])
         groups = np.repeat([domain.domain for domain in domains], [len(domain.score) for domain in domains])
@@ -158,7 +164,7 @@ class _Runner:
             domains=[domain.name for domain in domains],
             counts=[len(domain.score) for domain in domains],
             support_counts=[len(domain.adapt) for domain in domains],
-            methods=method_results(self.methods, logits, losses, scorer, info.selection_metric, bootstrap),
+            methods=method_results(self.methods, logits, losses, scorer, info.selection_metric, bootstrap, costs),
             attention=attention,
             curves=curves,
             streams=streams,
@@ -166,6 +172,26 @@ class _Runner:
             rows=rows,
             logits=logits,
         )
+
+    def _costs(
+        self, rows: IntArray, timings: Callable[[Mapping[str, float]], None] | None
+    ) -> dict[str, dict[str, float]]:
+        """What using each model costs, on a few images; how long they take goes to ``timings``."""
+        found, taken = {}, {}
+        for method in [method for method in self.methods if not method.reference]:
+            forwards = [self._one_image(method, rows[i : i + 1]) for i in range(len(rows))]
+            found[method.name] = model_cost(method.model, forwards).to_json()
+            if timings is not None:
+                taken[f"latency_ms/{method.name}"] = latency_ms(forwards, self.images.device)
+        if timings is not None:
+            timings(taken)
+        return found
+
+    def _one_image(self, method: Method, row: IntArray) -> Callable[[], object]:
+        """A forward pass of one image that is read already."""
+        images = self.images(row) if method.reads == "images" else None
+        tokens = self._tokens(row) if method.reads == "tokens" else None
+        return lambda: _logits(method, images, tokens, {})
 
     def _all_domains(
         self, domains: Sequence[DomainRows], methods: Sequence[Method], part: int

@@ -5,6 +5,7 @@ A method is a network, optionally with an adaptation of ``moe.adaptation`` in fr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,7 +73,10 @@ class Models:
 
 
 def standard_methods(
-    models: Models, adaptations: Mapping[str, Mapping[str, Adaptation[Any]]], task: str
+    models: Models,
+    adaptations: Mapping[str, Mapping[str, Adaptation[Any]]],
+    task: str,
+    labels: Mapping[str, str] | None = None,
 ) -> list[Method]:
     """The rows of the table in their order: ERM and its adaptations, aggregator, student and its adaptations, oracle.
 
@@ -80,6 +84,7 @@ def standard_methods(
         models: what there is.
         adaptations: ``erm`` or ``student`` -> registry name -> adaptation (taken over to ``task``).
         task: ``regression`` leaves out Tent (no predicted distribution); ``bn`` is left out without BatchNorm.
+        labels: ``erm`` and so on -> what that network is called instead; its rows are named after it too.
 
     Raises:
         SpecError: an adaptation is given for a network that is not there.
@@ -95,15 +100,22 @@ def standard_methods(
             if wanted:
                 raise SpecError(f"There is no {name} to adapt with {', '.join(wanted)}.", f"Give the {name} model too.")
             continue
-        methods.append(Method(name, LABELS[name], model, reads="tokens" if name == "aggregator" else "images"))
+        label = (labels or {}).get(name, LABELS[name])
+        row = slug(label) if labels and name in labels else name
+        methods.append(Method(row, label, model, reads="tokens" if name == "aggregator" else "images"))
         for kind, adaptation in wanted.items():
             impossible = (kind == "tent" and task == "regression") or (kind == "bn" and not has_batch_norm(model))
             if kind == "none" or impossible:
                 continue
-            label = f"{LABELS[name]} + {ADAPTATION_LABELS.get(kind, kind)}"
+            both = f"{label} + {ADAPTATION_LABELS.get(kind, kind)}"
             fitting = adaptation if adaptation.task == task else type(adaptation)(adaptation.config, task)
-            methods.append(Method(f"{name}_{kind}", label, model, fitting, reference=name))
+            methods.append(Method(f"{row}_{kind}", both, model, fitting, reference=row))
     return methods
+
+
+def slug(label: str) -> str:
+    """A stable name made of a label: ``Meta-DMoE (GMoE)`` is ``meta_dmoe_gmoe``."""
+    return re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
 
 
 @dataclass

@@ -45,6 +45,7 @@ class MethodResult:
         reference: the method that is the same model without this adaptation, or empty.
         gains: difference to the reference, paired, with intervals: selection metric, ``domain_mean``, ``domain_worst``.
         losses: per domain the adaptation loss before and after its step, where the method has one.
+        cost: of its model: ``parameters``, ``active_parameters``, ``flops`` (``workers.evaluation_cost``).
     """
 
     name: str
@@ -57,6 +58,7 @@ class MethodResult:
     reference: str = ""
     gains: dict[str, Bounds] = field(default_factory=dict)
     losses: list[tuple[float, float]] = field(default_factory=list)
+    cost: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

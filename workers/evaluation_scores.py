@@ -90,6 +90,7 @@ def method_results(
     scorer: Scorer,
     metric: str,
     bootstrap: PairedBootstrap | None,
+    costs: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[MethodResult]:
     """The table's rows.
 
@@ -100,6 +101,7 @@ def method_results(
         scorer: of the rows that the logits belong to.
         metric: the selection metric.
         bootstrap: common resamples for intervals; None leaves them out.
+        costs: model (the method without its adaptation) -> what using it costs.
     """
     keys = (metric, "domain_mean", "domain_worst")
     points = {method.name: scorer(logits[method.name]) for method in methods}
@@ -129,6 +131,7 @@ def method_results(
             reference=method.reference,
             gains=bounds(method.name, method.reference) if method.reference else {},
             losses=list(losses.get(method.name, [])),
+            cost=dict((costs or {}).get(method.reference or method.name, {})),
         )
         for method in methods
     ]

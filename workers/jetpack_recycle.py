@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe.backbones import check_state
+from moe.conversion.recycle.convnext import convnext_lists, cut_convnext
 from moe.conversion.recycle.dense import recycle_dense
 from moe.conversion.recycle.recycle import recycle
-from moe.errors import CheckpointError, SpecError
+from moe.errors import SpecError
+from moe.jet_specs import JetConvNeXtSpec
 from moe.jetpack_specs import JetViTSpec
 from moe.keymaps.jetpack import fit_to_model, flat_state, from_official
-from moe.models.sphero_vit import build_sphero_vit
+from moe.models.jet_networks import build_jet_network, head_name
 from moe.specs import BackboneSpec
 from workers.context import Context, Input, run_seed
 from workers.data import open_data
@@ -28,7 +31,8 @@ from workers.device import setup
 from workers.jetpack_settings import RecycleSettings, Start
 from workers.jetpack_statistics import dense_network, merged_statistics, network_digest
 from workers.loop import mix
-from workers.modelfile import MODEL_FILE, load_tensors, save_tensors
+from workers.method_networks import FORM_OF, jet_network
+from workers.modelfile import MODEL_FILE, save_tensors
 from workers.weight_files import read_state
 
 State = Mapping[str, Tensor]
@@ -72,7 +76,7 @@ def recycle_member(settings: RecycleSettings, name: str, start: Start, context: 
     parts = ", ".join(f"{count} {origin}" for origin, count in sorted(made.origin.items()))
     context.log(f"start {name!r}, {start.network}: tensors {parts}")
     return {
-        "form": "jetvit",
+        "form": FORM_OF[type(spec)],
         "start": name,
         "network": start.network,
         "select": None if start.recycle is None else start.recycle.select,
@@ -85,29 +89,16 @@ def recycle_member(settings: RecycleSettings, name: str, start: Start, context: 
     }
 
 
-def fresh_network(spec: JetViTSpec, num_outputs: int, seed: int) -> nn.Module:
+def fresh_network(spec: JetViTSpec | JetConvNeXtSpec, num_outputs: int, seed: int) -> nn.Module:
     """The network with the random weights of a seed; torch's global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(seed, 31))
-        network: nn.Module = build_sphero_vit(spec, num_outputs)
-    return network
+        return build_jet_network(spec, num_outputs)
 
 
-def open_jetvit(artifact: Input) -> nn.Module:
-    """The network of a start, or of a fine-tuned one, in evaluation mode.
-
-    Raises:
-        CheckpointError: damaged file, another kind of artifact, or tensors that do not fit.
-    """
-    from workers.engines.torch import load_strict
-
-    meta = artifact.meta
-    if meta.get("form") != "jetvit":
-        raise CheckpointError(f"{artifact.path} holds no network of MoE Jetpack.", "Check which stage is wired.")
-    network: nn.Module = build_sphero_vit(JetViTSpec(**meta["spec"]), int(meta["num_outputs"]))
-    path = artifact.path / MODEL_FILE
-    load_strict(network, load_tensors(path), what=str(path))
-    return network.eval()
+def open_network(artifact: Input) -> nn.Module:
+    """The network of a start, or of a fine-tuned one, in evaluation mode. Raises as :func:`jet_network`."""
+    return jet_network(artifact.path, artifact.meta)
 
 
 def _recycled(
@@ -134,36 +125,53 @@ def _recycled(
         target = fresh_network(settings.network(Start()), num_outputs, seed).state_dict()
     generator = torch.Generator().manual_seed(mix(seed, 32))
     source = donor if start.source == "donor" and donor is not None else predecessor
+    if isinstance(settings.model, JetConvNeXtSpec):
+        lists = convnext_lists(source, target, options, generator=generator, statistics=statistics)
+        norms = options.inherit_norms
+        state, origin = cut_convnext(source, fresh, lists, donor=donor, inherit_norms=norms)
+        return _with_experts(start, state, origin, fresh)
     made = recycle(source, target, options, generator=generator, statistics=statistics, donor=donor)
     if start.network == "dense":
         state = recycle_dense(fresh, options, predecessor=source, lists=made.dense, donor=donor)
         same = sum(value is fresh[name] for name, value in state.items())
         taken = "predecessor" if donor is None else "donor"
         return Made(state, {taken: len(state) - same, "fresh": same})
+    return _with_experts(start, made.state, made.origin, fresh)
+
+
+def _with_experts(start: Start, state: State, origin: Mapping[str, str], fresh: State) -> Made:
+    """The made weights, or those with fresh experts."""
     if start.experts == "recycled":
-        return Made(made.state, _counted(made.origin.values()))
-    state = {name: fresh[name] if "experts" in name else value for name, value in made.state.items()}
-    return Made(state, _counted("fresh" if "experts" in name else where for name, where in made.origin.items()))
+        return Made(state, _counted(origin.values()))
+    state = {name: fresh[name] if "experts" in name else value for name, value in state.items()}
+    return Made(state, _counted("fresh" if "experts" in name else where for name, where in origin.items()))
 
 
 def _counted(origins: Iterable[str]) -> dict[str, int]:
     return dict(Counter(origins))
 
 
-def _fitted(spec: BackboneSpec, model: JetViTSpec, data_root: Path) -> State:
+def _fitted(spec: BackboneSpec, model: JetViTSpec | JetConvNeXtSpec, data_root: Path) -> State:
     """Weights of a dense network with positions and patches of the successor's size, without its head."""
     state = dense_network(spec, data_root).state_dict()
+    if isinstance(model, JetConvNeXtSpec):
+        return state
     side = model.image_size // model.patch_size
     prefix = 0 if model.no_embed_class else int(model.class_token) + model.reg_tokens
     body = {name: value for name, value in state.items() if "head" not in name}
     return fit_to_model(body, model.patch_size, (side, side), prefix)
 
 
-def _from_file(path: Path, spec: JetViTSpec, network: nn.Module) -> Made:
+def _from_file(path: Path, spec: JetViTSpec | JetConvNeXtSpec, network: nn.Module) -> Made:
     """A checkpoint with the released names; a head of other classes stays fresh."""
     stored, fresh = flat_state(read_state(path)), network.state_dict()
-    head = {name: value for name, value in fresh.items() if name.startswith("head.")}
+    last = head_name(spec)
+    head = {name: value for name, value in fresh.items() if name.startswith(f"{last}.")}
     fits = all(name in stored and stored[name].shape == value.shape for name, value in head.items())
     kept = {} if fits else head
-    state = from_official({**stored, **kept}, spec, int(fresh["head.weight"].shape[0]))
+    if isinstance(spec, JetConvNeXtSpec):
+        state = {**stored, **kept}
+        check_state(state, {n: tuple(v.shape) for n, v in fresh.items()}, "This is not a checkpoint of this network")
+    else:
+        state = from_official({**stored, **kept}, spec, int(fresh[f"{last}.weight"].shape[0]))
     return Made(state, {"file": len(state) - len(kept), "fresh": len(kept)})

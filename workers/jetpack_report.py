@@ -225,12 +225,18 @@ def _csv(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return text.getvalue()
 
 
+def _geometry(spec: Mapping[str, Any]) -> str:
+    if "dims" in spec:
+        return f"widths {', '.join(map(str, spec['dims']))}, {', '.join(map(str, spec['depths']))} blocks"
+    return f"width {spec['dim']}, {spec['depth']} blocks"
+
+
 def _settings(runs: Sequence[Run]) -> list[tuple[str, str]]:
     first = runs[0].meta
     spec = first["spec"]
     return [
-        ("image", f"{spec['image_size']} px, patches of {spec['patch_size']}"),
-        ("network", f"width {spec['dim']}, {spec['depth']} blocks"),
+        ("image", f"{spec['image_size']} px" + (f", patches of {spec['patch_size']}" if "patch_size" in spec else "")),
+        ("network", _geometry(spec)),
         ("training images", str(first["rows"])),
         ("updates", f"{first['steps']} of {first['batch']} images"),
         ("seeds", ", ".join(str(seed) for seed in sorted({int(run.meta["seed"]) for run in runs}))),

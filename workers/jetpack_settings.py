@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from moe.algorithms._jetpack_recipe import RateSpec, ScheduleSpec
 from moe.conversion.recycle.options import RecycleOptions, StatisticsOptions
 from moe.errors import nearest
+from moe.jet_specs import JetConvNeXtSpec, JetSpec
 from moe.jetpack_specs import JetViTSpec, SoftMoESpec, SpheroSpec
 from moe.specs import BackboneSpec
 from workers.overlay import overlay
@@ -33,7 +34,7 @@ class _Settings(BaseModel):
 class StatisticsSettings(_Settings):
     """One pass over images, which says how important the predecessor's channels and neurons are."""
 
-    predecessor: BackboneSpec = Field(description="the dense vision transformer that experts are cut from")
+    predecessor: BackboneSpec = Field(description="the dense vision transformer or ConvNeXt that experts are cut from")
     normalisation: Normalisation | None = Field(
         default=None, description="of the images, e.g. imagenet for a pretrained network; null: the set's own"
     )
@@ -52,7 +53,7 @@ class StatisticsSettings(_Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> StatisticsSettings:
-        require_vit(self.predecessor, "predecessor")
+        family_of(self.predecessor, "predecessor")
         return self
 
 
@@ -103,7 +104,7 @@ def default_starts() -> dict[str, Start]:
 class RecycleSettings(_Settings):
     """The successor, and the ways to start it."""
 
-    model: JetViTSpec = Field(description="the successor with SpheroMoE layers")
+    model: JetSpec = Field(description="the successor with SpheroMoE layers; with `dims` it is a ConvNeXt")
     soft_experts: int | None = Field(
         default=None, ge=1, le=65_536, description="experts of the Soft MoE baseline; null: as many as tokens"
     )
@@ -123,9 +124,11 @@ class RecycleSettings(_Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> RecycleSettings:
-        require_vit(self.predecessor, "predecessor")
-        if self.donor is not None:
-            require_vit(self.donor, "donor")
+        own = "convnext" if isinstance(self.model, JetConvNeXtSpec) else "vit"
+        for what, spec in (("predecessor", self.predecessor), ("donor", self.donor)):
+            if spec is not None and (theirs := family_of(spec, what)) != own:
+                names = {"vit": "a vision transformer", "convnext": "a ConvNeXt"}
+                raise ValueError(f"the {what} {spec.name!r} is {names[theirs]}, but the successor is {names[own]}.")
         if not isinstance(self.model.moe, SpheroSpec) or not self.model.moe_layers:
             raise ValueError("model needs a SpheroMoE (`moe` with core_experts) and `moe_layers`, the blocks with it.")
         lost = [name for name, start in self.starts.items() if start.source == "donor" and self.donor is None]
@@ -133,7 +136,7 @@ class RecycleSettings(_Settings):
             raise ValueError(f"the starts {lost} take experts of the donor, but there is no donor.")
         return self
 
-    def network(self, start: Start) -> JetViTSpec:
+    def network(self, start: Start) -> JetViTSpec | JetConvNeXtSpec:
         """The network of a start: `model`, or a baseline of the same geometry."""
         from moe.algorithms.jetpack import Config
 
@@ -141,9 +144,18 @@ class RecycleSettings(_Settings):
         moe = model.moe
         if start.network == "sphero" or not isinstance(moe, SpheroSpec):
             return model
+        convnext = isinstance(model, JetConvNeXtSpec)
         if start.network == "dense":
-            return model.model_copy(update={"moe": None, "moe_layers": (), "shared_layers": {}, "shared_queries": {}})
+            none: dict[str, Any] = {"stage_experts": {}} if convnext else {"shared_layers": {}, "shared_queries": {}}
+            return model.model_copy(update={"moe": None, "moe_layers": (), **none})
         common = {name: getattr(moe, name) for name in ("compress_ratio", "drop", "drop_act", "drop_path")}
+        if isinstance(model, JetConvNeXtSpec):
+            stages = {
+                stage: self.soft_experts or model.tokens(stage) for stage in map(model.stage_of, model.moe_layers)
+            }
+            soft = SoftMoESpec(num_experts=1, expert_init=moe.expert_init, **common)
+            counts = {stage: (experts, 0) for stage, experts in stages.items()}
+            return model.model_copy(update={"moe": soft, "stage_experts": counts})
         tokens = (model.image_size // model.patch_size) ** 2 + int(model.class_token) + model.reg_tokens
         soft = SoftMoESpec(num_experts=self.soft_experts or tokens, expert_init=moe.expert_init, **common)
         return model.model_copy(update={"moe": soft})
@@ -180,26 +192,44 @@ class RecipeSettings(_Settings):
     evaluate_every: int = Field(default=100, ge=1, description="updates between points of the curve")
     eval_batch_size: int = Field(default=128, ge=1, description="images per forward pass of evaluations")
     normalisation: Normalisation | None = Field(default=None, description="of the images; null: the set's own")
-    save_model: bool = Field(default=True, description="keep the fine-tuned weights")
+    save_model: bool | tuple[str, ...] = Field(
+        default=True, description="keep the fine-tuned weights; a list of starts: of these alone"
+    )
     checkpoint_every: int = Field(
         default=200, ge=1, description="updates between checkpoints", json_schema_extra={"cache": False}
     )
     parity: Literal["official", "fixed"] = Field(default="fixed", description="official: released rates by layer")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda when there is one")
 
+    @model_validator(mode="after")
+    def _known_starts(self) -> RecipeSettings:
+        kept = () if isinstance(self.save_model, bool) else self.save_model
+        for name in kept:
+            if name not in self.starts:
+                raise ValueError(
+                    f"save_model names the start {name!r}, which is not there. {nearest(name, self.starts)}"
+                )
+        return self
 
-def require_vit(spec: BackboneSpec, what: str) -> None:
-    """Refuse what cannot be recycled before anything runs.
+    def keeps(self, start: str) -> bool:
+        """Whether the fine-tuned weights of a start are kept."""
+        return self.save_model if isinstance(self.save_model, bool) else start in self.save_model
+
+
+def family_of(spec: BackboneSpec, what: str) -> Literal["vit", "convnext"]:
+    """The family of a network that can be recycled; others are refused before anything runs.
 
     Raises:
-        ValueError: another family, or a transformer that is cut or sparse already.
+        ValueError: another family, or a network that is cut or sparse already.
     """
     if spec.name != "vit_small_focus" and not spec.name.startswith("timm:"):
         raise ValueError(
-            f"the {what} {spec.name!r} is not a vision transformer; recycling knows vit_small_focus and timm:NAME."
+            f"the {what} {spec.name!r} is not a vision transformer or ConvNeXt; recycling knows vit_small_focus, "
+            "timm:vit_... and timm:convnext_...."
         )
     if spec.gmoe is not None or spec.first_block is not None:
         raise ValueError(f"the {what} must be whole and dense; leave gmoe and first_block out.")
+    return "convnext" if "convnext" in spec.name else "vit"
 
 
 def fill_jetpack_preset(values: Any, fields: Mapping[str, Any]) -> Any:
@@ -220,6 +250,9 @@ def fill_jetpack_preset(values: Any, fields: Mapping[str, Any]) -> Any:
     if name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}. {nearest(name, PRESETS)}")
     known = {key: _plain(value) for key, value in PRESETS[name].items() if key in fields and key != "recycle"}
+    given = values.get("model")
+    if isinstance(given, Mapping) and "dims" in given:
+        known.pop("model", None)  # the presets' transformer does not mix with a ConvNeXt
     return overlay(known, values)
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe.conversion.recycle.convnext import CONVNEXT_BLOCKS, CONVNEXT_PLACES, read_convnext
 from moe.conversion.recycle.layout import read_dense
-from moe.conversion.recycle.probe import collect_statistics
+from moe.conversion.recycle.probe import PLACES, collect_statistics
 from moe.conversion.recycle.record import StatisticsRecord, sample_rows
 from moe.conversion.recycle.statistics import StatisticsAccumulator, merge_all
 from moe.errors import DataError, SpecError
@@ -24,7 +25,7 @@ from workers.batches import ImageReader, chunks
 from workers.context import Context, Input
 from workers.data import open_data, rows_of
 from workers.device import setup
-from workers.jetpack_settings import StatisticsSettings
+from workers.jetpack_settings import StatisticsSettings, family_of
 from workers.loop import mix
 from workers.modelfile import load_tensors, save_tensors
 from workers.transforms import transform_for
@@ -34,7 +35,7 @@ _DONE = "done"
 
 
 def dense_network(spec: BackboneSpec, data_root: Path) -> nn.Module:
-    """A dense vision transformer with its weights, in evaluation mode; without pretrained weights always the same one.
+    """A dense vision transformer or ConvNeXt in evaluation mode; without pretrained weights always the same one.
 
     Raises:
         NotFoundError, CheckpointError: the weights are not there, are damaged, or are of another family.
@@ -46,7 +47,10 @@ def dense_network(spec: BackboneSpec, data_root: Path) -> nn.Module:
         torch.manual_seed(mix(0, 21))
         network = build_classifier(spec, 1)
     load_pretrained(spec, network, data_root)
-    read_dense(network.state_dict(), spec.name)
+    if family_of(spec, "network") == "convnext":
+        read_convnext(network.state_dict(), spec.name)
+    else:
+        read_dense(network.state_dict(), spec.name)
     return network.eval()
 
 
@@ -69,7 +73,7 @@ def statistics_member(settings: StatisticsSettings, shard: int, context: Context
 
     Raises:
         SpecError: more shards than batches.
-        CheckpointError: the predecessor is no vision transformer, or its weights are damaged.
+        CheckpointError: the predecessor is of another family, or its weights are damaged.
         DataError: non-finite activations.
     """
     device = setup(context.threads, settings.device).device
@@ -100,12 +104,18 @@ def statistics_member(settings: StatisticsSettings, shard: int, context: Context
             yield reader.read(piece).to(device)
             context.progress(begin + count + 1, len(own))
 
+    convnext = family_of(spec, "predecessor") == "convnext"
+    places, blocks = (CONVNEXT_PLACES, CONVNEXT_BLOCKS) if convnext else (PLACES, "blocks")
     try:
         while done < len(own):
             part = own[done : done + settings.checkpoint_every]
             numbers = [number for number, _ in part]
             # Sums are merged checkpoint by checkpoint, so that a resumed pass adds in the same order.
-            accumulator.merge(collect_statistics(network, images(part, done), settings.statistics, numbers=numbers))
+            accumulator.merge(
+                collect_statistics(
+                    network, images(part, done), settings.statistics, places=places, blocks=blocks, numbers=numbers
+                )
+            )
             done += len(part)
             save_tensors(path, {**accumulator.state_dict(), _DONE: torch.tensor(done)})
             context.check()
@@ -167,6 +177,7 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def _input_side(network: nn.Module) -> int:
-    """Side in pixels that a transformer of timm was built for."""
-    side: int = network.get_submodule("patch_embed").img_size[0]  # type: ignore[index,assignment]
-    return side
+    """Side in pixels that a network of timm was built for."""
+    if hasattr(network, "patch_embed"):
+        return int(network.patch_embed.img_size[0])  # type: ignore[union-attr,index]
+    return int(network.pretrained_cfg["input_size"][-1])  # type: ignore[union-attr,index,call-overload]

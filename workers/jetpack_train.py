@@ -18,6 +18,7 @@ from torch import nn
 
 from moe.algorithms.jetpack import Config, Method
 from moe.errors import SpecError
+from moe.jet_specs import JetConvNeXtSpec, jet_spec
 from moe.jetpack_specs import JetViTSpec
 from workers.batches import ImageReader
 from workers.checkpoints import CheckpointDir
@@ -28,7 +29,7 @@ from workers.device import setup
 from workers.engines.base import OptimizerOptions, ParamGroup, Weighted
 from workers.engines.torch import TorchEngine
 from workers.jetpack_images import TrainingImages
-from workers.jetpack_recycle import open_jetvit
+from workers.jetpack_recycle import open_network
 from workers.jetpack_settings import RECIPE_FIELDS, RecipeSettings
 from workers.loop import FitResult, LoopSpec, every, fit, mix
 from workers.modelfile import MODEL_FILE, save_tensors
@@ -47,14 +48,14 @@ def train_member(settings: RecipeSettings, context: Context) -> dict[str, Any]:
         context: ports ``data`` and ``start``.
 
     Raises:
-        SpecError: the start was made for other classes.
+        SpecError: the start was made for other classes, or rates that do not suit its network.
         CheckpointError: damaged weights.
         RunFailed: the loss is not finite.
     """
     device = setup(context.threads, settings.device).device
     data = open_data(context.inputs["data"][0], context.data_root)
     start = context.inputs["start"][0]
-    network = open_jetvit(start)
+    network = open_network(start)
     meta = start.meta
     if (meta["dataset"], meta["num_outputs"]) != (data.info.name, data.info.num_outputs):
         raise SpecError(
@@ -62,7 +63,7 @@ def train_member(settings: RecipeSettings, context: Context) -> dict[str, Any]:
             f"{data.info.num_outputs}.",
             "Wire one data set to both stages.",
         )
-    run = _Run(settings, data, network, JetViTSpec(**meta["spec"]), JetViTSpec(**meta["model"]), context, device)
+    run = _Run(settings, data, network, jet_spec(meta["spec"]), jet_spec(meta["model"]), context, device)
     context.log(run.describe(meta["start"]))
     try:
         result = run.fit(context)
@@ -76,7 +77,7 @@ def train_member(settings: RecipeSettings, context: Context) -> dict[str, Any]:
     ]
     record = {"start": meta["start"], "seed": run.seed, "metric": data.info.selection_metric, "curve": curve}
     (context.output / CURVE).write_text(json.dumps({**record, "tests": tests}, indent=1, sort_keys=True))
-    if settings.save_model:
+    if settings.keeps(meta["start"]):
         save_tensors(context.output / MODEL_FILE, result.last)
     context.metrics({f"{split}/{name}": value for split, own in tests.items() for name, value in own.items()})
     kept = ("form", "start", "network", "select", "spec", "model", "num_outputs", "dataset", "origin", "parameters")
@@ -90,7 +91,7 @@ def train_member(settings: RecipeSettings, context: Context) -> dict[str, Any]:
         "rows": len(run.rows),
         "val": {name: value for name, value in curve[-1].items() if name not in ("step", "loss")},
         "tests": tests,
-        "normalisation": run.transform.spec.normalisation,
+        "transform": run.transform.spec.model_dump(mode="json"),
         "miniature": bool(context.inputs["data"][0].meta.get("miniature")),
     }
 
@@ -103,11 +104,16 @@ class _Run:
         settings: RecipeSettings,
         data: DomainData,
         network: nn.Module,
-        spec: JetViTSpec,
-        model: JetViTSpec,
+        spec: JetViTSpec | JetConvNeXtSpec,
+        model: JetViTSpec | JetConvNeXtSpec,
         context: Context,
         device: torch.device,
     ) -> None:
+        if isinstance(spec, JetConvNeXtSpec) and settings.rates.rule != "default":
+            raise SpecError(
+                f"rates.rule {settings.rates.rule!r} counts the blocks of a vision transformer; this is a ConvNeXt.",
+                "Set rates: {rule: default}, as the paper's presets (NAME-paper) do.",
+            )
         self.settings, self.data, self.device = settings, data, device
         self.seed = run_seed(context.member)
         recipe = {name: getattr(settings, name) for name in RECIPE_FIELDS}

@@ -13,7 +13,8 @@ from moe.errors import SpecError
 from workers.context import Context, run_seed
 from workers.data import open_data
 from workers.loop import mix
-from workers.m2mkd_files import take_modules, write_network
+from workers.m2mkd_files import write_network
+from workers.m2mkd_import import take_modules
 from workers.m2mkd_settings import image_side, in_order, phase_method
 from workers.m2mkd_train import check_data
 from workers.modelfile import MODEL_FILE, load_tensors

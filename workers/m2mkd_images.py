@@ -26,10 +26,11 @@ from moe.errors import SpecError
 from moe.mixup import draw_mix, mix
 from workers.batches import ImageReader
 from workers.datasets.base import DomainData, IntArray
+from workers.engines.base import Weighted
 from workers.few_shot import repeated_indices, selected_rows
 from workers.loop import mix as mix_seed
 from workers.sampling import EpochSampler
-from workers.transforms import IMAGENET_MEAN, IMAGENET_STD, transform_for
+from workers.transforms import IMAGENET_MEAN, IMAGENET_STD, Transform, transform_for
 
 
 def is_plain(augment: Augmentation) -> bool:
@@ -53,6 +54,8 @@ class TrainImages:
         augment: see the module.
         seed: of order, augmentation and mixing.
         threads: decoding threads.
+        rank: of ``world_size`` ranks that share every update; together they see what one alone would.
+        world_size: see there.
 
     Raises:
         SpecError: augmentation of images that are not RGB.
@@ -60,8 +63,18 @@ class TrainImages:
     """
 
     def __init__(
-        self, data: DomainData, rows: IntArray, side: int, phase: Phase, augment: Augmentation, seed: int, threads: int
+        self,
+        data: DomainData,
+        rows: IntArray,
+        side: int,
+        phase: Phase,
+        augment: Augmentation,
+        seed: int,
+        threads: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
+        self.rank, self.world_size = rank, world_size
         self.data, self.rows, self.phase, self.augment, self.seed = data, rows, phase, augment, seed
         self.classes = data.info.num_outputs
         self._labels = torch.from_numpy(np.ascontiguousarray(data.labels))
@@ -86,11 +99,11 @@ class TrainImages:
         size = self.phase.batch_size
         return self._repeated[1][place * size : (place + 1) * size]
 
-    def images(self, rows: IntArray, step: int) -> Tensor:
-        """Training images ``[B, C, H, W]`` of ``rows`` in update ``step``."""
+    def images(self, rows: IntArray, step: int, places: IntArray | None = None) -> Tensor:
+        """Training images ``[B, C, H, W]`` of ``rows`` in update ``step``, at their places in the piece (0, 1, ..)."""
         if self._augmented is None:
             return self.reader.read(rows)
-        seeds = [mix_seed(self.seed, 2, step, place) for place in range(len(rows))]
+        seeds = [mix_seed(self.seed, 2, step, int(p)) for p in (range(len(rows)) if places is None else places)]
         with _own_draws():
             pairs = zip(rows, seeds, strict=True)
             return torch.stack([self._augmented(np.asarray(self.data.images[int(r)]), s) for r, s in pairs])
@@ -104,11 +117,19 @@ class TrainImages:
         soft = torch.full((len(labels), self.classes), off)
         return soft.scatter_(1, labels[:, None], 1 - self.augment.smoothing + off)
 
-    def __call__(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        """The pieces of an update: images and targets, mixed piece by piece."""
+    def __call__(self, step: int) -> list[Weighted]:
+        """This rank's part of the pieces of an update: images and targets, mixed piece by piece."""
         rows = self.chosen(step)
         pieces = np.array_split(rows, min(self.phase.accumulate, len(rows)))
-        return [self._piece(part, self.images(part, step), step, number) for number, part in enumerate(pieces)]
+        found = []
+        for number, part in enumerate(pieces):
+            places = mirrored_share(len(part), self.rank, self.world_size)
+            weight = len(places) / len(rows)
+            # A rank without a share goes along with weight 0, so that collective calls stay aligned.
+            places = places if len(places) else np.zeros(1, dtype=np.int64)
+            mine = part[places]
+            found.append(Weighted(self._piece(mine, self.images(mine, step, places), step, number), weight))
+        return found
 
     def _piece(self, rows: IntArray, images: Tensor, step: int, number: int) -> tuple[Tensor, Tensor]:
         augment = self.augment
@@ -120,26 +141,56 @@ class TrainImages:
         return mix(images, self._labels[torch.from_numpy(rows)], draw, self.classes, augment.smoothing)
 
 
+def mirrored_share(count: int, rank: int, world_size: int) -> IntArray:
+    """Places of one rank among ``count``, ascending: with every place its mirror image, which it may be mixed with."""
+    half = (count + 1) // 2
+    low = np.arange(half * rank // world_size, half * (rank + 1) // world_size)
+    return np.unique(np.concatenate([low, count - 1 - low])).astype(np.int64)
+
+
 def eval_reader(data: DomainData, side: int, augment: Augmentation, threads: int) -> ImageReader:
     """Images as evaluation sees them.
 
     The data set's own transform at ``side`` pixels. Differs: the public code crops the centre of larger images; here
     that is left to the data set's transform, so that nothing at the border is lost.
     """
-    return ImageReader(data.images, transform_for(data.info, side, train=False), threads)
+    return ImageReader(data.images, eval_transform(data, side, augment), threads)
+
+
+def eval_transform(data: DomainData, side: int, augment: Augmentation) -> Transform:
+    """What :func:`eval_reader` does to an image.
+
+    Raises:
+        SpecError: ImageNet's normalisation of images that are not RGB.
+    """
+    if augment.normalisation == "data":
+        return transform_for(data.info, side, train=False)
+    if data.info.channels != len(IMAGENET_MEAN):
+        raise SpecError(
+            f"Images of {data.info.name} have {data.info.channels} channels; ImageNet's normalisation needs 3.",
+            "Set augment.normalisation to data.",
+        )
+    return transform_for(data.info, side, train=False, normalisation=augment.normalisation)
+
+
+def served_transform(data: DomainData, side: int, augment: Augmentation) -> dict[str, Any]:
+    """:func:`eval_transform` for uploads of any colour, as JSON."""
+    spec = eval_transform(data, side, augment).spec
+    return spec.model_copy(update={"channels": spec.channels or data.info.channels}).model_dump(mode="json")
 
 
 def _deit(data: DomainData, side: int, augment: Augmentation) -> Callable[[Any, int], Tensor]:
     from timm.data import create_transform
 
     kinds = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))}
-    if data.info.channels != 3 or data.info.normalisation not in kinds:
+    kind = data.info.normalisation if augment.normalisation == "data" else augment.normalisation
+    if data.info.channels != 3 or kind not in kinds:
         raise SpecError(
-            f"Images of {data.info.name} ({data.info.channels} channels, normalisation {data.info.normalisation}) "
+            f"Images of {data.info.name} ({data.info.channels} channels, normalisation {kind}) "
             "cannot be augmented by the DeiT recipe.",
             "Set augment.randaugment to null and augment.erasing and augment.color_jitter to 0.",
         )
-    mean, std = kinds[data.info.normalisation]
+    mean, std = kinds[kind]
     transform = create_transform(
         input_size=side,
         is_training=True,

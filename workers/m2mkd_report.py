@@ -161,16 +161,16 @@ def _modules(artifacts: Sequence[Input], metric: str) -> list[dict[str, Any]]:
     for position in sorted({int(artifact.meta["position"]) for artifact in artifacts}):
         own = [artifact.meta for artifact in artifacts if artifact.meta["position"] == position]
         line = [str(position)]
-        for name in (metric, "agreement"):
+        for name in (metric, "teacher", "agreement"):
             values = [100 * meta["scores"][name] for meta in own]
             line.append(f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""))
         body.append([*line, str(own[0]["steps"])])
     return [
         {
             "title": "Modules",
-            "caption": "Each student in its place of the frozen meta model, on validation images: score, and how often "
-            "it prefers the class that its teacher module prefers in the same place.",
-            "header": ["position", metric.replace("_", " "), "agreement", "updates"],
+            "caption": "Each student in its place of the frozen meta model, on validation images: score, that of its "
+            "teacher module in the same place, and how often both prefer the same class.",
+            "header": ["position", metric.replace("_", " "), "teacher module", "agreement", "updates"],
             "body": body,
         }
     ]

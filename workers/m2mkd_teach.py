@@ -24,14 +24,15 @@ from workers.context import Context, Input, run_seed
 from workers.data import open_data, rows_of
 from workers.datasets.base import IntArray
 from workers.device import setup
+from workers.engines.base import Weighted
 from workers.features import FEATURES, ROWS, write_features
 from workers.loop import mix
 from workers.m2mkd_files import frozen_meta, read_network, require_spec, teacher_module, write_network
-from workers.m2mkd_images import TrainImages, eval_reader, is_plain, mixes
+from workers.m2mkd_images import TrainImages, eval_reader, eval_transform, is_plain, mixes
+from workers.m2mkd_run import RunSettings, run_phase
 from workers.m2mkd_settings import image_side, phase_method
-from workers.m2mkd_train import RunSettings, check_data, run_phase
+from workers.m2mkd_train import check_data
 from workers.train_model import score_logits
-from workers.transforms import transform_for
 
 
 def require_plain(augment: Augmentation) -> None:
@@ -88,7 +89,7 @@ def cache_member(
         return torch.cat([*found, *logits], dim=1)
 
     rows, side = rows_of(data, splits), image_side(config, "student")
-    transform = transform_for(data.info, side, train=False)
+    transform = eval_transform(data, side, config.augment)
     record = write_features(
         extract, data.images, rows, transform, context.output, batch_size, context,
         dtype=dtype, scratch=context.scratch, device=device,
@@ -196,7 +197,8 @@ def teach_member(config: Config, position: int, settings: RunSettings, context: 
         mine, theirs = (torch.cat(side) for side in zip(*parts, strict=True))
         scores = score_logits(data, val_rows, mine.numpy())
         agreement = float((mine.argmax(1) == theirs.argmax(1)).float().mean())
-        return {**scores, "agreement": agreement}
+        metric = data.info.selection_metric
+        return {**scores, "agreement": agreement, "teacher": score_logits(data, val_rows, theirs.numpy())[metric]}
 
     def loss(module: nn.Module, batch: tuple[Any, ...]) -> Losses:
         losses = module.losses(_run(module, batch[:-1]), batch[-1])  # type: ignore[operator]
@@ -231,13 +233,15 @@ class _Batches:
         self.images, self.cache = images, cache
         self.steps_per_epoch = images.steps_per_epoch
 
-    def __call__(self, step: int) -> list[tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]]:
+    def __call__(self, step: int) -> list[Weighted]:
         if self.cache is None:
-            return [(x, None, None, y) for x, y in self.images(step)]
+            return [Weighted((p.batch[0], None, None, p.batch[1]), p.weight) for p in self.images(step)]
         rows = self.images.chosen(step)
         pieces = np.array_split(rows, min(self.images.phase.accumulate, len(rows)))
         reading = self.images.reader.read
-        return [(*self.of(part, reading), self.images.targets(part)) for part in pieces]
+        return [
+            Weighted((*self.of(part, reading), self.images.targets(part)), len(part) / len(rows)) for part in pieces
+        ]
 
     def of(self, rows: IntArray, read: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What enters the pair for ``rows``, without augmentation."""

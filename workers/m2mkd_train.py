@@ -1,98 +1,39 @@
 """Whole networks of m2mKD: the meta model, deep modules inside it, the assembled teacher, the modular model.
 
-Phases pt, mt, ft and e2e of ``moe.algorithms.m2mkd`` over the project's loop: rates by epoch, decay groups, mixing and
-clipping are the phase's; a run that was killed goes on from its checkpoint and writes the same bytes.
+Phases pt, mt, ft and e2e of ``moe.algorithms.m2mkd``, on one process or on each of several ranks
+(``workers.m2mkd_job``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from moe.algorithms.m2mkd import Config, Method
 from moe.conversion.incubation import hybrid_module
-from moe.conversion.modules import assemble_hybrids, load_assembled, split_state
+from moe.conversion.modules import assemble_hybrids, assemble_stages, load_assembled, split_state
 from moe.errors import SpecError
 from moe.models.nac.circuit import Circuit
 from moe.models.nac.specs import CircuitSpec
 from moe.models.vit_stages import ViTStages
 from moe.models.vmoe import build_vit
-from workers.checkpoints import CheckpointDir
 from workers.context import Context, Input, run_seed
 from workers.data import open_data, rows_of
 from workers.datasets.base import DomainData
 from workers.device import setup
-from workers.engines.base import LossFunction, OptimizerOptions, ParamGroup, Weighted
-from workers.engines.torch import TorchEngine, load_strict
-from workers.loop import Evaluate, Evaluation, FitResult, LoopSpec, every, fit, mix
-from workers.m2mkd_files import load_whole, require_spec, take_network, write_network
-from workers.m2mkd_images import TrainImages, eval_reader
+from workers.engines.torch import load_strict
+from workers.loop import mix
+from workers.m2mkd_files import network_record, require_spec, write_network
+from workers.m2mkd_images import TrainImages, eval_reader, served_transform
+from workers.m2mkd_import import load_modular, load_whole, take_network
+from workers.m2mkd_run import RunSettings, evaluate_over_ranks, ranks, run_phase
 from workers.m2mkd_settings import image_side, in_order, phase_method
 from workers.modelfile import MODEL_FILE, load_tensors
-from workers.train_model import evaluate_rows
 
 Phase = Literal["pt", "mt", "ft", "e2e"]
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What the stages add to a phase.
-
-    Attributes:
-        splits: whose rows are trained on.
-        val_split: whose rows are scored after every epoch.
-        epochs: instead of the phase's; 0 trains nothing.
-        select: ``last`` keeps the last state, as the ViT trainer does; ``best`` the best on ``val_split``.
-        precision: ``fp32``, ``bf16``, or None: bf16 where the phase asks for mixed precision.
-        eval_batch: images per forward pass of an evaluation.
-        checkpoint_every: updates between checkpoints.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        threads: decoding threads.
-    """
-
-    splits: tuple[str, ...] = ("train",)
-    val_split: str = "val"
-    epochs: int | None = None
-    select: Literal["last", "best"] = "last"
-    precision: Literal["fp32", "bf16"] | None = None
-    eval_batch: int = 128
-    checkpoint_every: int = 100
-    device: str = "auto"
-    threads: int = 0
-
-
-class Batches(Protocol):
-    """Updates of a phase: number from 0 -> pieces, tuples whose last entry are the targets."""
-
-    steps_per_epoch: int
-
-    def __call__(self, step: int) -> Sequence[tuple[Any, ...]]:
-        """The pieces of an update."""
-        ...
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What :func:`run_phase` did: updates, state, history, and the images of one update."""
-
-    steps: int
-    state: Mapping[str, torch.Tensor]
-    history: Sequence[Evaluation]
-    batch_size: int
-
-    def record(self) -> dict[str, Any]:
-        """Part of an artifact's ``meta``."""
-        last = self.history[-1].scores if self.history else {}
-        return {
-            "steps": self.steps,
-            "batch_size": self.batch_size,
-            "scores": {name: round(value, 6) for name, value in last.items()},
-            "history": [{"step": e.step + 1, **{k: round(v, 6) for k, v in e.scores.items()}} for e in self.history],
-        }
 
 
 def train_member(
@@ -122,29 +63,33 @@ def train_member(
         SpecError: data, initial network and settings do not belong together.
         CheckpointError: weights that do not fit.
     """
-    device = setup(context.threads, settings.device).device
+    rank, world_size = ranks()
+    device = setup(context.threads, settings.device, rank).device
     data = open_data(context.inputs["data"][0], context.data_root)
     seed = run_seed(context.member)
     method = phase_method(config, phase, seed, position, data.info.num_outputs)
     check_data(method.config, phase, data)
     torch.manual_seed(mix(context.seed, 11))
     inputs = context.inputs.get("init", ())
-    network = initial_network(method, phase, inputs, take, data.info.num_outputs, context)
+    network = initial_network(method, phase, inputs, take, settings, data.info.num_outputs, context)
     rows, val_rows = rows_of(data, settings.splits), rows_of(data, (settings.val_split,))
     side = image_side(method.config, phase)
     context.log(f"phase {phase}: {sum(p.numel() for p in network.parameters()):,} parameters, {len(rows)} rows")
     reader = eval_reader(data, side, method.config.augment, settings.threads)
+    training, augment = method.config.training, method.config.augment
     trained = run_phase(
         method,
         network,
-        TrainImages(data, rows, side, method.config.training, method.config.augment, context.seed, settings.threads),
+        TrainImages(data, rows, side, training, augment, context.seed, settings.threads, rank, world_size),
         settings,
         context,
         device,
-        lambda module, step: evaluate_rows(module, data, val_rows, reader, settings.eval_batch, device),
+        lambda module, step: evaluate_over_ranks(module, data, val_rows, reader, settings.eval_batch, device),
         data.info.selection_metric,
     )
-    record = write_network(network, context.output, trained.state)
+    record = network_record(network)
+    if rank == 0:
+        write_network(network, context.output, trained.state)
     before = [int(artifact.meta.get("images", 0)) for artifact in inputs] if phase in ("ft", "e2e") else []
     return {
         **record,
@@ -153,6 +98,8 @@ def train_member(
         "position": position if position is not None else -1,
         "label": label or ("m2mKD" if phase == "e2e" and before else phase),
         "dataset": data.info.name,
+        "num_outputs": data.info.num_outputs,
+        "transform": served_transform(data, side, augment),
         "image_size": side,
         "rows": len(rows),
         "images": trained.steps * trained.batch_size + max(before, default=0),
@@ -160,19 +107,22 @@ def train_member(
 
 
 def initial_network(
-    method: Method, phase: Phase, inputs: Sequence[Input], take: Sequence[str], classes: int, context: Context
+    method: Method,
+    phase: Phase,
+    inputs: Sequence[Input],
+    take: Sequence[str],
+    settings: RunSettings,
+    classes: int,
+    context: Context,
 ) -> nn.Module:
     """The network of a phase before its first update: fresh, from files, or from what is wired to ``init``."""
     config = method.config
-    if take and phase not in ("pt", "ft"):
-        raise SpecError(f"Phase {phase} cannot start from files.", "take belongs to pt and ft.")
     if phase == "mt":
-        if len(inputs) != 1:
-            raise SpecError(f"Phase mt needs one meta model as `init`, {len(inputs)} are wired.", "Wire phase pt.")
-        require_spec(inputs[0], config.meta, "The meta model")
-        drop = {"drop_path": config.training.drop_path}
-        meta, teacher = config.meta.model_copy(update=drop), config.teacher.model_copy(update=drop)
-        return hybrid_module(meta, teacher, config.positions[0], load_tensors(inputs[0].path / MODEL_FILE))
+        return _hybrid(config, inputs, take, context)
+    if take and inputs:
+        raise SpecError(
+            f"Phase {phase} has files and a network to start from.", "Give `take` or wire `init`, not both."
+        )
     if phase == "e2e" and inputs:
         return _assembled(method, inputs, classes)
     network = method.build(classes)
@@ -180,13 +130,35 @@ def initial_network(
         whole = cast("ViTStages", network)
         spec = config.meta if phase == "pt" else config.teacher
         if take:
-            load_whole(whole, take_network(take, spec, context.data_root), f"The network of phase {phase}")
+            state = take_network(take, spec, context.data_root, settings.take_blocks, settings.fresh_head)
+            load_whole(whole, state, f"The network of phase {phase}")
         elif len(inputs) == 1 and inputs[0].meta.get("position", -1) < 0:
             require_spec(inputs[0], spec, f"The network of phase {phase}")
             load_whole(whole, load_tensors(inputs[0].path / MODEL_FILE), inputs[0].member)
         elif inputs:
             _assemble_teacher(whole, config, inputs)
+    elif take:
+        load_modular(network, take, settings.fresh_head)
     return network
+
+
+def _hybrid(config: Config, inputs: Sequence[Input], take: Sequence[str], context: Context) -> nn.Module:
+    """The meta model with one deep stage: fresh, or that of a whole teacher in files."""
+    if len(inputs) != 1:
+        raise SpecError(f"Phase mt needs one meta model as `init`, {len(inputs)} are wired.", "Wire phase pt.")
+    require_spec(inputs[0], config.meta, "The meta model")
+    drop, place = {"drop_path": config.training.drop_path}, config.positions[0]
+    meta, teacher = config.meta.model_copy(update=drop), config.teacher.model_copy(update=drop)
+    meta_state = load_tensors(inputs[0].path / MODEL_FILE)
+    hybrid = hybrid_module(meta, teacher, place, meta_state)
+    if take:
+        stages = split_state(meta_state, config.meta.depths)
+        deep = split_state(take_network(take, config.teacher, context.data_root), config.teacher.depths)[place]
+        # A pretrained network brings no head; the meta model's is trained on.
+        head = {name: value for name, value in stages[place].items() if name.startswith("head.")}
+        stages[place] = {**head, **deep}
+        load_assembled(hybrid, assemble_stages(stages, hybrid.spec.depths))
+    return hybrid
 
 
 def _assembled(method: Method, inputs: Sequence[Input], classes: int) -> nn.Module:
@@ -214,74 +186,6 @@ def _assemble_teacher(network: ViTStages, config: Config, inputs: Sequence[Input
         state = load_tensors(artifact.path / MODEL_FILE)
         hybrids.append(split_state(state, tuple(artifact.meta["spec"]["depths"])))
     load_assembled(network, assemble_hybrids(hybrids, depths))
-
-
-def run_phase(
-    method: Method,
-    network: nn.Module,
-    images: Batches,
-    settings: RunSettings,
-    context: Context,
-    device: torch.device,
-    evaluate: Evaluate,
-    metric: str,
-    loss: LossFunction | None = None,
-) -> Trained:
-    """Train ``network`` in place through :func:`workers.loop.fit`.
-
-    Args:
-        method: the phase and its recipe.
-        network: what is trained.
-        images: what every update sees.
-        settings: of the stage.
-        context: of the member.
-        device: where to train.
-        evaluate: after every epoch.
-        metric: score that selects.
-        loss: ``(module, piece) -> Losses``; the method's by default.
-    """
-    phase = method.config.training
-    per_epoch = images.steps_per_epoch
-    epochs = phase.epochs if settings.epochs is None else settings.epochs
-    if epochs == 0:
-        network.to(device).eval()
-        scores = {name: float(value) for name, value in evaluate(network, 0).items()}
-        return Trained(0, network.state_dict(), [Evaluation(-1, scores, True)], phase.batch_size)
-    # Another length stretches the schedule: the last epoch is always the end of the cosine.
-    rates = phase.model_copy(update={"epochs": epochs, "warmup_epochs": min(phase.warmup_epochs, epochs)}).rates()
-    groups = [ParamGroup(g.name, g.parameters, g.lr, g.weight_decay) for g in method.param_groups(network)]
-    precision = settings.precision or ("bf16" if phase.amp else "fp32")
-    options = OptimizerOptions(phase.optimizer, phase.betas, phase.eps, phase.momentum, phase.clip, precision)
-    engine = TorchEngine(network, groups, options, device)
-    spec = LoopSpec(
-        steps=epochs * per_epoch,
-        seed=mix(context.seed, 4),
-        schedules={"*": lambda step: rates[min(step // per_epoch, epochs - 1)] / phase.scaled_lr},
-        checkpoint_every=settings.checkpoint_every,
-        evaluate_after=every(per_epoch),
-        metric=metric,
-    )
-    folder = CheckpointDir(context.scratch / "checkpoints", log=context.log)
-    of = loss or (lambda module, piece: method.loss(module, piece))
-    result = fit(engine, lambda step: _weighted(images(step), device), spec, context, folder, evaluate, of)
-    state = result.selected if settings.select == "best" else result.last
-    network.load_state_dict(state)
-    network.eval()
-    return Trained(result.steps, state, _kept(result, settings), phase.batch_size)
-
-
-def _kept(result: FitResult, settings: RunSettings) -> list[Evaluation]:
-    """Evaluations up to the state that was kept."""
-    if settings.select == "last" or result.best_step is None:
-        return result.evaluations
-    return [e for e in result.evaluations if e.step <= result.best_step]
-
-
-def _weighted(pieces: Sequence[tuple[Any, ...]], device: torch.device) -> list[Weighted]:
-    total = sum(len(piece[-1]) for piece in pieces)
-    return [
-        Weighted(tuple(None if x is None else x.to(device) for x in piece), len(piece[-1]) / total) for piece in pieces
-    ]
 
 
 def check_data(config: Config, phase: str, data: DomainData) -> None:

@@ -102,22 +102,24 @@ def model_meta(
 
 
 def load_classifier(folder: Path, meta: Mapping[str, Any]) -> nn.Module:
-    """The classifier of a ``model`` artifact of form ``classifier``, in evaluation mode.
+    """The network of a ``model`` artifact as a classifier, in evaluation mode; a student's tensors are renamed.
 
     Raises:
-        CheckpointError: damaged file, wrong form, or tensors missing, extra or of another shape (named).
+        CheckpointError: damaged file, tensors missing, extra or of another shape (named); a student with an MoE block.
     """
-    from moe.backbones import build_classifier
+    from moe.backbones import build_classifier, student_to_classifier
     from workers.engines.torch import load_strict
 
-    _require_form(meta, "classifier", folder)
-    module: nn.Module = build_classifier(_backbone(meta), int(meta["num_outputs"]))
-    load_strict(module, load_tensors(folder / MODEL_FILE), what=str(folder / MODEL_FILE))
+    spec, tensors = _backbone(meta), load_tensors(folder / MODEL_FILE)
+    if meta["form"] == "student":
+        tensors = student_to_classifier(spec, tensors)
+    module: nn.Module = build_classifier(spec, int(meta["num_outputs"]))
+    load_strict(module, tensors, what=str(folder / MODEL_FILE))
     return module.eval()
 
 
 def load_student(folder: Path, meta: Mapping[str, Any], moe: StudentMoESpec | None = None) -> Student:
-    """A student from either form, in evaluation mode.
+    """A student from any form, in evaluation mode.
 
     A classifier's weights are renamed by the official key map; an MoE block that the file does not have (``moe`` given,
     ``meta`` without) keeps its fresh initialisation, which needs a seeded generator around the call.
@@ -128,7 +130,10 @@ def load_student(folder: Path, meta: Mapping[str, Any], moe: StudentMoESpec | No
     from moe.backbones import build_student, classifier_to_student
     from moe.specs import StudentMoESpec
     from workers.engines.torch import load_strict
+    from workers.method_networks import FORMS, method_student
 
+    if meta["form"] in FORMS:
+        return method_student(folder, meta)
     stored = None if meta.get("moe") is None else StudentMoESpec(**meta["moe"])
     spec, tensors = _backbone(meta), load_tensors(folder / MODEL_FILE)
     if meta["form"] == "classifier":
@@ -164,11 +169,3 @@ def _backbone(meta: Mapping[str, Any]) -> BackboneSpec:
     from moe.specs import BackboneSpec
 
     return BackboneSpec(**{**meta["backbone"], "pretrained": False})
-
-
-def _require_form(meta: Mapping[str, Any], form: Form, folder: Path) -> None:
-    if meta.get("form") != form:
-        raise CheckpointError(
-            f"{folder} holds a model of form {meta.get('form')!r} where a {form!r} is needed.",
-            "Check which stage is wired to this input.",
-        )

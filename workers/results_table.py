@@ -110,7 +110,7 @@ def combine(results: Sequence[EvaluationResult]) -> Table:
     columns = _columns(first)
     rows = [_row(name, label, columns, results) for name, label in order_of(results)]
     seeds = sorted({result.seed for result in results})
-    count = f"{len(results)} seeds" if len(results) > 1 else "1 seed"
+    count = f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
     return Table(
         f"{first.title} ({first.split}, {first.protocol} protocol, {count})", columns, rows, _notes(first, seeds)
     )

@@ -6,7 +6,7 @@ there is one place where a setting is named, bounded and described.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -28,8 +28,10 @@ class TrainSettings(BaseModel):
     )
     decay: float = Field(default=0.96, gt=0, le=1, description="factor per epoch of the exponential schedule")
     warmup_epochs: int = Field(default=10, ge=0, description="of the cosine schedule")
-    sampling: Literal["rows", "domains"] = Field(
-        default="rows", description="rows: shuffled epochs; domains: every domain equally often, whatever its size"
+    sampling: Literal["rows", "domains", "balanced"] = Field(
+        default="rows",
+        description="rows: shuffled epochs; domains: every domain equally likely, whatever its size; balanced: as many "
+        "rows of every domain in every batch",
     )
     micro_batch: int | None = Field(default=None, ge=1, description="split a batch into pieces of so many (memory)")
     clip: float | None = Field(default=None, gt=0, description="largest gradient norm")
@@ -59,3 +61,16 @@ class TrainSettings(BaseModel):
         if self.epochs is None and self.steps is None:
             raise ValueError("give epochs or steps")
         return self
+
+
+class AlgorithmBlock(BaseModel):
+    """Which algorithm of ``moe/algorithms`` makes the loss, the network and the updates of a supervised stage."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(
+        description="file of moe/algorithms, e.g. gmoe, emoe, fish, coral, irm, swad (`moepipe ls algorithms`)"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="fields of the algorithm's Config; backbone and train come from the stage"
+    )

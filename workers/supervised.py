@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from moe.algorithms.base import Algorithm
 from moe.errors import DataError, SpecError
 from moe.specs import BackboneSpec
+from workers.algorithm_options import make_algorithm
 from workers.context import Context, Input
 from workers.data import rows_of
 from workers.datasets.base import DomainData
 from workers.loop import mix
-from workers.modelfile import load_classifier, model_meta
-from workers.settings import TrainSettings
+from workers.modelfile import Form, load_classifier, model_meta
+from workers.networks import build_network, require_same
+from workers.settings import AlgorithmBlock, TrainSettings
 from workers.train_model import train_model
 
 
@@ -46,8 +49,9 @@ def train_member(
     val_split: str,
     domains: list[int] | None,
     init: Input | None,
+    algorithm: AlgorithmBlock | None = None,
 ) -> dict[str, Any]:
-    """Train one classifier and write it into ``context.output``.
+    """Train one network and write it into ``context.output``: a classifier, or with ``algorithm`` a student.
 
     Args:
         data: the data set.
@@ -58,6 +62,7 @@ def train_member(
         val_split: whose rows select the state.
         domains: keep only rows of these domains; None keeps all.
         init: start from this model.
+        algorithm: what makes network, loss and updates; None is plain ERM.
 
     Returns:
         The artifact's ``meta``.
@@ -74,9 +79,11 @@ def train_member(
     if not len(rows):
         raise DataError(f"No rows of {data.info.name} to train on (splits {list(splits)}, domains {domains}).")
     spec = backbone.model_copy(update={"channels": data.info.channels})
-    network = initial_network(spec, data, init, mix(context.seed, 11), context)
+    method = None if algorithm is None else make_algorithm(algorithm, spec, settings, data.info.task)
+    network = initial_network(spec, data, init, mix(context.seed, 11), context, method)
     what = "all domains" if domains is None else f"domains {domains}"
-    context.log(f"training {spec.name} on {len(rows)} rows of {what}")
+    by = "" if algorithm is None else f" by {algorithm.name}"
+    context.log(f"training {spec.name}{by} on {len(rows)} rows of {what}")
     result = train_model(
         settings,
         data,
@@ -88,10 +95,14 @@ def train_member(
         context.output,
         seed=context.seed,
         threads=context.threads,
+        algorithm=method,
     )
     context.metrics({f"val/{name}": value for name, value in result.scores.items()}, step=result.step)
+    form: Form = "classifier" if method is None else "student"
+    built = spec if method is None else method.architecture()  # type: ignore[attr-defined]
+    block = None if method is None else method.config.moe
     return {
-        **model_meta("classifier", spec, data.info.num_outputs, feature_dim(spec), data.info.name),
+        **model_meta(form, built, data.info.num_outputs, feature_dim(built), data.info.name, block),
         "image_size": settings.image_size,
         "rows": len(rows),
         "domains": domains,
@@ -101,22 +112,27 @@ def train_member(
     }
 
 
-def initial_network(spec: BackboneSpec, data: DomainData, init: Input | None, seed: int, context: Context) -> nn.Module:
-    """The classifier at step 0: fresh from ``seed``, pretrained, or a copy of ``init`` (same architecture)."""
+def initial_network(
+    spec: BackboneSpec,
+    data: DomainData,
+    init: Input | None,
+    seed: int,
+    context: Context,
+    method: Algorithm[Any] | None = None,
+) -> nn.Module:
+    """The network at step 0: fresh from ``seed``, pretrained, or a copy of ``init`` (same architecture).
+
+    With a ``method`` it is that algorithm's student, made from the same weights.
+    """
     from moe.backbones import build_classifier
     from workers.weights import load_pretrained
 
     torch.manual_seed(seed)
+    if method is not None:
+        return build_network(method, data.info.num_outputs, context.data_root, init)
     if init is not None:
-        meta: Mapping[str, Any] = init.meta
-        theirs = BackboneSpec(**{**meta["backbone"], "pretrained": False})
-        if theirs != spec.model_copy(update={"pretrained": False}):
-            raise SpecError(
-                f"The network to start from is {theirs.name} ({theirs.model_dump(exclude_defaults=True)}), this stage "
-                f"says {spec.name} ({spec.model_dump(exclude_defaults=True)}).",
-                "Use the same backbone in both stages.",
-            )
-        return load_classifier(init.path, meta)
+        require_same(BackboneSpec(**{**init.meta["backbone"], "pretrained": False}), spec)
+        return load_classifier(init.path, init.meta)
     network = build_classifier(spec, data.info.num_outputs)
     if spec.pretrained:
         load_pretrained(spec, network, context.data_root)

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from moe.algorithms.base import Algorithm
 from workers.batches import DomainSampler, ImageReader, Prefetcher, chunks
 from workers.checkpoints import CheckpointDir
 from workers.context import Reporter
@@ -26,6 +27,7 @@ from workers.engines.torch import TorchEngine
 from workers.loop import FitResult, LoopSpec, Schedule, epoch_halves, every, fit, mix, official_halves
 from workers.metrics import score
 from workers.modelfile import MODEL_FILE, save_tensors
+from workers.networks import groups_of
 from workers.sampling import EpochSampler, group_index
 from workers.schedules import constant, cosine_warmup, exponential_per_epoch, one_cycle
 from workers.settings import TrainSettings
@@ -62,6 +64,7 @@ def train_model(
     seed: int = 0,
     threads: int = 1,
     transforms: tuple[Transform, Transform] | None = None,
+    algorithm: Algorithm[Any] | None = None,
 ) -> TrainResult:
     """Train ``init`` on ``rows`` and write the selected state to ``output/model.safetensors``.
 
@@ -77,6 +80,7 @@ def train_model(
         seed: of shuffling, augmentation and dropout.
         threads: compute threads.
         transforms: (training, evaluation); by default the data set's official ones at ``settings.image_size``.
+        algorithm: makes losses, updates and averages, and gets its batches domain by domain; plain ERM without.
 
     Raises:
         RunFailed: the loss is not finite.
@@ -98,22 +102,26 @@ def train_model(
         chosen = sampler.batch(step)
         variants = reader.draw(len(chosen), np.random.default_rng((mix(seed, 2), step)))
         images, targets = reader.read(chosen, variants), labels[torch.from_numpy(chosen)]
+        if algorithm is not None:
+            return list(by_domain(images, targets, data.column(data.info.domain_field, chosen)))
         size = settings.micro_batch or len(chosen)
         return list(zip(torch.split(images, size), torch.split(targets, size), strict=True))
 
-    engine = TorchEngine(init, _groups(init, settings), optimizer_options(settings), device)
+    groups = _groups(init, settings) if algorithm is None else groups_of(algorithm, init)
+    engine = TorchEngine(init, groups, optimizer_options(settings), device)
     prefetch = Prefetcher(batches, steps, depth=2 if settings.loader_threads else 0)
     try:
         result = fit(
             engine,
-            lambda step: _weighted_by_size(prefetch(step), device),
+            lambda step: _placed(prefetch(step), device, weighted=algorithm is None),
             loop_spec(settings, steps, sampler.steps_per_epoch, seed, data.info.selection_metric),
             reporter,
             CheckpointDir(scratch / "checkpoints", log=reporter.log),
             evaluate=lambda module, step: evaluate_rows(
                 module, data, val_rows, eval_reader, settings.eval_batch_size, device
             ),
-            loss_fn=supervised_loss(data.info.task),
+            loss_fn=supervised_loss(data.info.task) if algorithm is None else None,
+            algorithm=algorithm,
         )
     finally:
         prefetch.close()
@@ -143,7 +151,8 @@ def row_sampler(settings: TrainSettings, data: DomainData, rows: IntArray, seed:
     """Who is in which batch: shuffled epochs, or every domain equally often."""
     if settings.sampling == "rows":
         return EpochSampler(rows, settings.batch_size, seed, settings.drop_last)
-    return DomainSampler(rows, data.column(data.info.domain_field, rows), settings.batch_size, seed)
+    domains = data.column(data.info.domain_field, rows)
+    return DomainSampler(rows, domains, settings.batch_size, seed, balanced=settings.sampling == "balanced")
 
 
 def total_steps(settings: TrainSettings, per_epoch: int) -> int:
@@ -226,11 +235,19 @@ def optimizer_options(settings: TrainSettings) -> OptimizerOptions:
     return OptimizerOptions(settings.optimizer, momentum=0.9, clip=settings.clip, precision=settings.precision)
 
 
-def _weighted_by_size(pieces: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> list[Any]:
+def by_domain(images: torch.Tensor, labels: torch.Tensor, domains: IntArray) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Images ``[B, C, H, W]`` and labels ``[B]`` as one pair per domain, in ascending order of the domains' numbers."""
+    masks = [torch.from_numpy(domains == domain) for domain in np.unique(domains)]
+    return [(images[mask], labels[mask]) for mask in masks]
+
+
+def _placed(pieces: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device, weighted: bool) -> list[Any]:
+    """Pieces on the device; micro-batches are weighted by their size."""
     from workers.engines.base import Weighted
 
-    total = sum(len(labels) for _, labels in pieces)
-    return [Weighted((x.to(device), y.to(device)), len(y) / total) for x, y in pieces]
+    moved = [(x.to(device), y.to(device)) for x, y in pieces]
+    total = sum(len(y) for _, y in moved)
+    return [Weighted((x, y), len(y) / total) for x, y in moved] if weighted else moved
 
 
 def finish(result: FitResult, settings: TrainSettings, module: nn.Module, path: Path | None) -> TrainResult:

@@ -30,12 +30,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _VARIANTS = 8
 # Side in pixels that the official pipeline resizes to; absent where images keep the size they are stored in.
 _DOMAINBED = ("pacs", "vlcs", "officehome", "terraincognita", "domainnet", "sviro", "cub_dg")
+_PHOTOS = ("flowers102", "oxford_pets", "dtd", "food101", "imagenet", "imagenet21k")
 _RESIZED = {
     "iwildcam": 448,
     "camelyon17": 96,
     "wilds_camelyon": 224,
     "wilds_fmow": 224,
-    **dict.fromkeys(_DOMAINBED, 224),
+    **dict.fromkeys((*_DOMAINBED, *_PHOTOS), 224),
 }
 _FORMAT = 1  # raise when the numbers that a spec stands for change: it enters cache keys
 

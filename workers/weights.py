@@ -68,6 +68,9 @@ def _fit(spec: BackboneSpec, module: nn.Module, state: dict[str, Tensor], origin
     Raises:
         CheckpointError: a tensor is missing, extra or of another shape.
     """
+    if spec.emoe is not None and not any(".mlp.moe.experts." in name for name in state):
+        _fit_converted(spec, module, state, origin)
+        return
     if spec.gmoe is None:
         apply_state(module, state, origin)
         return
@@ -84,6 +87,21 @@ def _fit(spec: BackboneSpec, module: nn.Module, state: dict[str, Tensor], origin
             load_upcycled(module, state)
     except CheckpointError as error:
         raise CheckpointError(f"{origin}: {error.message}", error.hint) from None
+
+
+def _fit_converted(spec: BackboneSpec, module: nn.Module, state: dict[str, Tensor], origin: str) -> None:
+    """Group the neurons of dense weights as ``spec.emoe`` says, and put the result into ``module``."""
+    from moe.backbones import build_classifier, layout_of
+    from moe.models.emoe_convert import convert_layers
+
+    own = module.state_dict()
+    heads = own[f"{layout_of(spec, module).head}.weight"].shape[0]
+    dense = build_classifier(spec.model_copy(update={"emoe": None, "emoe_layers": ()}), heads)
+    apply_state(dense, state, origin)
+    if spec.emoe is not None:
+        convert_layers(dense, spec.emoe_layers, spec.emoe)
+    head = layout_of(spec, module).head + "."
+    module.load_state_dict({n: own[n] if n.startswith(head) else v for n, v in dense.state_dict().items()})
 
 
 def sort_state(path: Path, sha256: str | None = SORT_SHA256) -> dict[str, Tensor]:

@@ -86,6 +86,9 @@ class Augmentation(Settings):
     """Training transforms and label mixing of the DeiT recipe."""
 
     image_size: int = Field(default=224, ge=1, description="Side in pixels.")
+    normalisation: Literal["data", "imagenet"] = Field(
+        default="data", description="Of pixels: as the data set has it, or ImageNet's, for pretrained weights."
+    )
     interpolation: Literal["bicubic", "bilinear"] = Field(default="bicubic", description="Of crops and resizes.")
     randaugment: str | None = Field(default="rand-m9-mstd0.5-inc1", description="timm's auto-augment policy.")
     color_jitter: float = Field(default=0.4, ge=0, description="Strength of colour jitter (without RandAugment).")

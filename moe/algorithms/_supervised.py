@@ -55,6 +55,10 @@ class Supervised(Algorithm[S]):
             freeze_statistics(student)
         return student
 
+    def architecture(self) -> BackboneSpec:
+        """The backbone that rebuilds the trained network, conversions included."""
+        return self.config.backbone
+
     def loss(self, module: nn.Module, batch: Any) -> Losses:
         """Losses of a batch (see ``_domains``); part ``task``, and ``balance``, ``aux`` where there are experts."""
         from moe.losses import task_loss

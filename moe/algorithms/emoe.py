@@ -28,6 +28,7 @@ from moe.errors import SpecError, nearest
 from moe.models.emoe_layers import vision_layers
 from moe.models.emoe_spec import EMoESpec
 from moe.models.text_spec import LoraSpec, TextModelSpec, TuningRules
+from moe.specs import BackboneSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,8 +54,8 @@ class Config(SupervisedConfig):
 
     @model_validator(mode="after")
     def _dense(self) -> Config:
-        if self.backbone.gmoe is not None:
-            raise ValueError("backbone.gmoe makes blocks sparse already; EMoE converts dense ones: leave it out.")
+        if self.backbone.gmoe is not None or self.backbone.emoe is not None:
+            raise ValueError("The backbone has sparse blocks already; EMoE converts dense ones: leave them out.")
         return self
 
 
@@ -152,6 +153,18 @@ class Method(Supervised[Config]):
             known = {i: split_keys(dense_ffn(parts[i]).keys_FD, spec.num_experts, "contiguous") for i in layers}
             labels = {**known, **(labels or {})}
         return convert_layers(module, layers, spec, labels)
+
+    def architecture(self) -> BackboneSpec:
+        """See the base class."""
+        import torch
+
+        from moe.backbones import build_classifier
+        from moe.models.emoe_convert import transformer_layers
+
+        with torch.device("meta"):
+            depth = len(transformer_layers(build_classifier(self.config.backbone, 1)))
+        changes = {"emoe": self.config.emoe, "emoe_layers": tuple(self.layers(depth))}
+        return self.config.backbone.model_copy(update=changes)
 
     def layers(self, depth: int) -> list[int]:
         """Converted blocks of a network of this depth."""

@@ -25,6 +25,7 @@ from moe.algorithms._jetpack_recipe import RateSpec, ScheduleSpec, rate_groups
 from moe.algorithms.base import Algorithm, Group, Settings
 from moe.conversion.recycle.options import RecycleOptions
 from moe.errors import SpecError
+from moe.jet_specs import JetSpec
 from moe.jetpack_specs import JetViTSpec
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ __all__ = ["PRESETS", "Config", "Method"]
 class Config(Settings):
     """All settings of a MoE Jetpack run."""
 
-    model: JetViTSpec = Field(description="The successor.")
+    model: JetSpec = Field(description="The successor.")
     predecessor: str = Field(
         default="vit_small_patch16_224.augreg_in21k", description="timm name of the network that experts are cut from."
     )
@@ -74,12 +75,13 @@ class Config(Settings):
         return self
 
     @property
-    def network(self) -> JetViTSpec:
+    def network(self) -> JetSpec:
         """The successor with ``parity`` applied."""
         if self.parity == "fixed" or self.model.moe is None:
             return self.model
         moe = self.model.moe.model_copy(update={"noise_in_eval": True, "expert_init": "official"})
-        return self.model.model_copy(update={"moe": moe, "shared_options": "official"})
+        shared = {"shared_options": "official"} if isinstance(self.model, JetViTSpec) else {}
+        return self.model.model_copy(update={"moe": moe, **shared})
 
     @property
     def group_rates(self) -> RateSpec:
@@ -94,11 +96,10 @@ class Method(Algorithm[Config]):
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
 
     def build(self, num_outputs: int) -> nn.Module:
-        """The successor, randomly initialised: a vision transformer of timm with layers of slots."""
-        from moe.models.sphero_vit import build_sphero_vit
+        """The successor, randomly initialised: a network of timm with layers of slots."""
+        from moe.models.jet_networks import build_jet_network
 
-        model: nn.Module = build_sphero_vit(self.config.network, num_outputs)
-        return model
+        return build_jet_network(self.config.network, num_outputs)
 
     def recycle(
         self,
@@ -128,6 +129,8 @@ class Method(Algorithm[Config]):
 
         if self.config.recycle is None:
             raise SpecError("recycle is None: this configuration trains from scratch.", "Give recycling options.")
+        if not isinstance(self.config.model, JetViTSpec):
+            raise SpecError("A ConvNeXt is recycled by moe.conversion.recycle.convnext.", "Use its functions.")
         made = recycle(
             predecessor,
             module.state_dict(),

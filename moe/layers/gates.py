@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from moe.errors import SpecError
 from moe.layers.gemm import linear, matmul
-from moe.specs import RouterSpec
+from moe.router_spec import RouterSpec
 
 _EPS = 1e-12  # the usual floor of a norm before dividing by it
 

@@ -1,7 +1,7 @@
 """The mixture-of-experts layer: gate -> router -> dispatch -> experts -> combine.
 
 A drop-in for the feed-forward network of a transformer block. Everything that may differ between methods is in the
-:class:`moe.specs.RouterSpec` and in the expert weights; GMoE, EMoE and V-MoE are settings of this one class.
+:class:`moe.router_spec.RouterSpec` and in the expert weights; GMoE, EMoE and V-MoE are settings of this one class.
 
 The balance loss is returned unweighted in the :class:`LayerRecord`. :meth:`MoELayer.forward_with_record` is the pure
 form; :meth:`MoELayer.forward` also leaves the record in ``last`` (never part of the state, of pickles or of copies),
@@ -27,7 +27,7 @@ from moe.layers.experts import Experts
 from moe.layers.gates import Gate, LinearGate, NoisyGate, build_gate, updated_gate
 from moe.layers.router import Routing, draw_noise, route_tokens
 from moe.layers.seating import seats
-from moe.specs import RouterSpec
+from moe.router_spec import RouterSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
 

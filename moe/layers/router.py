@@ -1,7 +1,7 @@
 """Router: from logits to which experts see which token, with what weight, and how balanced the choice is.
 
-:func:`route_tokens` follows a :class:`moe.specs.RouterSpec`; :func:`route` is the student block's rule (DeepSpeed's).
-Both are made of the same parts: :func:`choose`, the seats of ``moe.layers.seating``, the losses of
+:func:`route_tokens` follows a :class:`moe.router_spec.RouterSpec`; :func:`route` is the student block's rule
+(DeepSpeed's). Both are made of the same parts: :func:`choose`, the seats of ``moe.layers.seating``, the losses of
 ``moe.layers.balance``.
 
 Sources: GShard (arXiv 2006.16668, algorithm 1), Switch Transformer (arXiv 2101.03961, equations 2 and 4), V-MoE
@@ -32,7 +32,7 @@ from moe.layers.seating import (
     seats,
     tutel_capacity,
 )
-from moe.specs import RouterSpec
+from moe.router_spec import RouterSpec
 
 __all__ = ["Routing", "balance_loss", "capacity", "choose", "draw_noise", "route", "route_scores", "route_tokens"]
 

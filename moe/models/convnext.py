@@ -17,6 +17,7 @@ from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import nn
 
 from moe.errors import SpecError
+from moe.jet_specs import JetConvNeXtSpec
 from moe.jetpack_specs import SpheroSpec, released_slots
 from moe.layers.slots import SlotLayer
 from moe.models.sphero_vit import SlotSpecs, make_slots
@@ -108,4 +109,23 @@ def build_c_jetmoe(
         model,
         {i: spec.model_copy(update={"drop_path": spec.drop_path * i / max(1, total)}) for i, spec in chosen.items()},
     )
+    return model
+
+
+def build_jet_convnext(spec: JetConvNeXtSpec, num_classes: int) -> ConvNeXt:
+    """A randomly initialised network.
+
+    Args:
+        spec: geometry and slots.
+        num_classes: K.
+    """
+    model = ConvNeXt(
+        in_chans=spec.channels,
+        num_classes=num_classes,
+        depths=spec.depths,
+        dims=spec.dims,
+        ls_init_value=spec.init_values,
+        drop_path_rate=spec.drop_path,
+    )
+    insert_slots(model, {block: spec.layer_spec(block) for block in spec.moe_layers})
     return model

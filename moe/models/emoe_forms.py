@@ -126,7 +126,7 @@ def activation_name(function: Any) -> Activation:
     Raises:
         SpecError: none of them.
     """
-    grid = torch.linspace(-4.0, 4.0, 65, dtype=torch.float64)
+    grid = torch.linspace(-4.0, 4.0, 65, dtype=torch.float64, device="cpu")
     with torch.no_grad():
         value = function(grid)
     for name in ACTIVATIONS:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from moe.specs import RouterSpec
+from moe.router_spec import RouterSpec
 
 
 class EMoESpec(BaseModel):

@@ -6,14 +6,12 @@ code Luodian/Generalizable-Mixture-of-Experts, commit 0689d557.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moe.errors import SpecError
-
-if TYPE_CHECKING:
-    from moe.specs import RouterSpec
+from moe.router_spec import RouterSpec
 
 Kind = Literal["F", "S"]
 """One block: F dense feed-forward network, S sparse mixture of experts."""
@@ -69,8 +67,6 @@ class GMoESpec(BaseModel):
 
     def router(self) -> RouterSpec:
         """How the tokens of a sparse block find their experts."""
-        from moe.specs import RouterSpec
-
         return RouterSpec(
             gate=self.gate,
             top_k=self.top_k,

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moe.errors import SpecError, nearest
-from moe.specs import RouterSpec
+from moe.router_spec import RouterSpec
 
 Part = Literal["whole", "first", "middle", "last"]
 

@@ -48,6 +48,8 @@ class Task:
         log: path of the member's log.
         data_root: folder with prepared data sets.
         attempt: 1 for the first.
+        leads: the stage starts processes that take the member's resources; its own takes none.
+        slots: how many times its resources the member has.
     """
 
     node: str
@@ -71,6 +73,8 @@ class Task:
     data_root: str
     attempt: int = 1
     weight: float = 1.0
+    leads: bool = False
+    slots: int = 1
 
 
 @dataclass(frozen=True)

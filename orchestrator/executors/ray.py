@@ -179,16 +179,18 @@ class RayExecutor:
         self.connect()
         flag = _flag(task)
         quiet_remove(flag)
-        demand = {name: amount * task.resources.workers for name, amount in rank_demand(task.resources).items()}
-        gang = task.gang and task.resources.workers > 1
-        # The ranks of a gang take their share from Ray themselves, even where the ledger counts for the rest.
-        holds = demand if gang else self._held(demand)
-        runner = self._pool.take(holds, gang)
-        if runner is None and gang and (plain := self._pool.take({})):
-            runner = Runner(plain.actor, holds, gang=True)
-        if task.gang or runner is None:
+        copies = task.resources.workers * task.slots
+        demand = {name: amount * copies for name, amount in rank_demand(task.resources).items()}
+        gang = task.gang and task.resources.workers > 1 and not task.leads
+        # Ranks of a gang and trials of a search take their share from Ray themselves, even where the ledger counts for
+        # the rest.
+        holds = demand if gang or task.leads else self._held(demand)
+        runner = None if task.leads else self._pool.take(holds, gang)
+        if runner is None and (gang or task.leads) and (plain := self._pool.take({})):
+            runner = Runner(plain.actor, holds, gang)
+        if task.gang or task.leads or runner is None:
             self._pool.make_room(holds, [job.runner.holds for job in self._jobs.values()], self.capacity())
-        runner = runner or Runner(self._new_actor({} if gang else holds), holds, gang)
+        runner = runner or Runner(self._new_actor({} if gang or task.leads else holds), holds, gang)
         ref = runner.actor.run.remote(task, self._sink)
         self._jobs[task.node] = _Job(task, runner, ref, demand, time.monotonic())
 
@@ -198,7 +200,8 @@ class RayExecutor:
         On a cluster they would hold what others need.
         """
         runners = [*self._pool.idle, *(job.runner for job in self._jobs.values())]
-        if not self._processes or resources.workers == 1 or any(runner.gang for runner in runners):
+        leads = any(job.task.leads for job in self._jobs.values())  # its trials need what the ranks would hold
+        if not self._processes or resources.workers == 1 or leads or any(runner.gang for runner in runners):
             return
         import ray
 
@@ -306,7 +309,7 @@ class RayExecutor:
                 RunFailed(f"{job.task.node}: its worker process {what} ({said})", f"Its log is {job.task.log}."),
             )
         if signal.kind == "finished":
-            self._pool.give(job.runner)
+            self._pool.give(Runner(job.runner.actor, {}) if job.task.leads else job.runner)
         else:
             self._end_actor(job.runner)  # whatever state the failure left behind goes with it
         return signal

@@ -14,7 +14,7 @@ from orchestrator.stages.base import Member, StageConfig
 from workers.m2mkd_settings import check_method, fill_method, relevant
 
 if TYPE_CHECKING:
-    from workers.m2mkd_train import RunSettings
+    from workers.m2mkd_run import RunSettings
 
 
 class MethodConfig(StageConfig):
@@ -95,7 +95,7 @@ class TrainingConfig(MethodConfig):
 
     def run_settings(self) -> RunSettings:
         """The same for the workers. Imports torch."""
-        from workers.m2mkd_train import RunSettings
+        from workers.m2mkd_run import RunSettings
 
         return RunSettings(
             splits=self.splits,

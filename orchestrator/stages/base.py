@@ -70,6 +70,8 @@ class StageBase(Generic[C]):
             inputs then gather the members of all seeds.
         gang: ``run`` calls ``context.train``.
         modules: what takes the ranks of a gang seconds to import; they may do it ahead.
+        leads: ``run`` starts processes that take the member's resources; its own takes none.
+        open_ports: ports and output are known when the config is (:meth:`bind`).
         Config: the pydantic model of the ``config:`` block.
     """
 
@@ -79,7 +81,21 @@ class StageBase(Generic[C]):
     per_seed: ClassVar[bool] = True
     gang: ClassVar[bool] = False
     modules: ClassVar[Sequence[str]] = ()
+    leads: ClassVar[bool] = False
+    open_ports: ClassVar[bool] = False
     Config: ClassVar[type[StageConfig]] = StageConfig
+
+    def bind(self, config: C) -> StageBase[Any]:
+        """This stage with the ports and output that it has under ``config``; most have the same under all."""
+        return self
+
+    def examine(self, config: C) -> Sequence[tuple[tuple[str | int, ...], str, str]]:
+        """``(path in the config block, message, hint)`` of what is wrong with a config that its model accepts."""
+        return ()
+
+    def slots(self, config: C) -> int:
+        """How many times its resources a member can use at once; it gets what is free, at least one."""
+        return 1
 
     def members(self, config: C) -> list[Member]:
         """The fan-out; one member by default."""

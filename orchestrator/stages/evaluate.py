@@ -12,6 +12,7 @@ from orchestrator.stages.base import Member, Port, StageBase, StageConfig
 from workers.context import Context
 
 Owner = Literal["erm", "student"]
+Network = Literal["erm", "aggregator", "student", "oracle"]
 
 
 def _default_adaptations() -> dict[Owner, dict[str, dict[str, Any]]]:
@@ -32,6 +33,9 @@ class EvaluateConfig(StageConfig):
     adaptations: dict[Owner, dict[str, dict[str, Any]]] = Field(
         default_factory=_default_adaptations,
         description="network -> test-time adaptation -> its settings; distill takes the student's own by default",
+    )
+    labels: dict[Network, str] = Field(
+        default_factory=dict, description="network -> what the table calls it, where several evaluations share a table"
     )
     limit: int | None = Field(default=None, ge=1, description="score at most so many rows of a domain")
     curve: tuple[int, ...] = Field(default=(), description="support sizes of the adaptation curve")

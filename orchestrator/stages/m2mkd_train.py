@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -20,20 +21,54 @@ class M2mkdTrainConfig(TrainingConfig):
     )
     take: tuple[str, ...] = Field(
         default=(),
-        description="pt, ft: weights to start from: one whole network, one module file per stage, or vit_small_focus; "
-        "with epochs 0 they are used as they are",
+        description="weights to start from. pt, mt, ft: one whole network, one module file per stage, or "
+        "vit_small_focus (mt takes the module of its position); e2e: a finished model. With epochs 0 they are used as "
+        "they are",
+    )
+    fresh_head: bool = Field(default=False, description="leave the head in `take` out: it has other classes")
+    take_blocks: tuple[int, ...] = Field(
+        default=(),
+        description="pt, ft: of one deeper network under `take`, the blocks that are taken, from 0, one for each "
+        "block of this network",
     )
     label: str = Field(default="", description="name in tables")
+    engine: Literal["torch", "deepspeed"] = Field(
+        default="torch", description="what drives resources.workers ranks: summed gradients, or DeepSpeed ZeRO"
+    )
+    zero_stage: Literal[0, 1, 2] = Field(
+        default=1, description="what DeepSpeed divides over ranks", json_schema_extra={"cache": False}
+    )
+    ep_size: int = Field(
+        default=1,
+        ge=1,
+        description="ranks that share the experts under DeepSpeed",
+        json_schema_extra={"cache": False},
+    )
 
     @model_validator(mode="after")
     def _files(self) -> M2mkdTrainConfig:
-        if self.take and self.phase not in ("pt", "ft"):
-            raise ValueError(f"take: phase {self.phase} does not start from files; use it in pt or ft.")
-        stages = len(self.method.teacher.depths if self.phase == "ft" else self.method.meta.depths)
+        if self.take_blocks and self.phase not in ("pt", "ft"):
+            raise ValueError(f"take_blocks: phase {self.phase} takes no blocks of its own choice; leave them out.")
+        if self.fresh_head and (not self.take or self.phase == "mt"):
+            raise ValueError("fresh_head: it is about a file of pt, ft or e2e (`take`).")
+        if self.phase == "e2e" and len(self.take) > 1:
+            raise ValueError("take: a finished model is one file; student modules go to m2mkd_assemble (`files`).")
+        stages = len(self.method.meta.depths if self.phase == "pt" else self.method.teacher.depths)
         if len(self.take) not in (0, 1, stages):
             raise ValueError(f"take: {len(self.take)} files for {stages} stages; give one, or one per stage.")
+        if self.ep_size > 1 and self.engine == "torch":
+            raise ValueError(f"ep_size={self.ep_size} needs engine: deepspeed; torch keeps all experts on every rank.")
+        experts = self.method.vmoe.num_experts if self.method.vmoe is not None else 0
+        if self.ep_size > 1 and (self.phase != "e2e" or experts % self.ep_size):
+            raise ValueError(f"ep_size={self.ep_size} does not divide {experts} experts of a model of phase e2e.")
         if len(set(self.take)) != len(self.take):
             raise ValueError("take: a module file is there twice.")
+        depth = sum(self.method.teacher.depths if self.phase == "ft" else self.method.meta.depths)
+        if self.take_blocks and (len(self.take) != 1 or len(self.take_blocks) != depth):
+            raise ValueError(
+                f"take_blocks: {len(self.take_blocks)} blocks of {len(self.take)} files for a network of {depth} "
+                "blocks; give one file and one of its blocks for each block."
+            )
         return self
 
 
@@ -41,6 +76,8 @@ class Stage(StageBase[M2mkdTrainConfig]):
     """Train a network of m2mKD, or one deep teacher module per position."""
 
     output: ClassVar[str] = "m2mkd_network"
+    gang: ClassVar[bool] = True
+    modules: ClassVar[Sequence[str]] = ("workers.m2mkd_job", "timm")
     inputs: ClassVar[Mapping[str, Port]] = {
         "data": Port("data", doc="the prepared data set"),
         "init": Port(
@@ -62,8 +99,15 @@ class Stage(StageBase[M2mkdTrainConfig]):
 
     def run(self, config: M2mkdTrainConfig, member: Member, context: Context) -> Mapping[str, Any]:
         """Write the weights; ``meta`` has spec, scores and history."""
-        from workers.m2mkd_train import train_member
+        from workers.m2mkd_job import train_on_ranks
 
         position = member.params.get("position")
-        settings = config.run_settings()
-        return train_member(config.method, config.phase, position, settings, config.take, config.label, context)
+        settings = replace(
+            config.run_settings(),
+            take_blocks=config.take_blocks,
+            fresh_head=config.fresh_head,
+            engine=config.engine,
+            zero_stage=config.zero_stage,
+            ep_size=config.ep_size,
+        )
+        return train_on_ranks(config.method, config.phase, position, settings, config.take, config.label, context)

@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from moe.errors import SpecError
 from moe.specs import BackboneSpec
 from orchestrator.stages._presets import fill_preset
 from orchestrator.stages._rows import rows_in
 from orchestrator.stages.base import Member, Port, StageBase, StageConfig
+from workers.algorithm_options import make_algorithm
 from workers.context import Context
-from workers.settings import TrainSettings
+from workers.settings import AlgorithmBlock, TrainSettings
 
 
 class TrainConfig(StageConfig):
@@ -22,6 +24,9 @@ class TrainConfig(StageConfig):
     preset: str | None = Field(default=None, description="algorithm/dataset/part whose settings to start from")
     backbone: BackboneSpec = Field(description="the network; its head is fresh, unless `init` is wired")
     training: TrainSettings = Field(description="optimiser, length, validation")
+    algorithm: AlgorithmBlock | None = Field(
+        default=None, description="loss, network and updates of an algorithm (gmoe, emoe, coral ...); null: plain ERM"
+    )
     splits: tuple[str, ...] = Field(default=("train",), min_length=1, description="splits whose rows are trained on")
     val_split: str = Field(default="val", description="split that selects the state")
     groups: int = Field(default=1, ge=1, le=100_000, description="groups of domains, one network each (experts)")
@@ -30,6 +35,18 @@ class TrainConfig(StageConfig):
     @classmethod
     def _preset(cls, values: Any) -> Any:
         return fill_preset(values)
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainConfig:
+        if self.algorithm is None:
+            return self
+        if self.training.micro_batch is not None:
+            raise ValueError("micro_batch cannot be combined with an algorithm, whose updates see the whole batch.")
+        try:
+            make_algorithm(self.algorithm, self.backbone, self.training)
+        except SpecError as error:
+            raise ValueError(f"{error.message} {error.hint}".strip()) from None
+        return self
 
 
 class Stage(StageBase[TrainConfig]):
@@ -48,6 +65,12 @@ class Stage(StageBase[TrainConfig]):
         if config.groups == 1:
             return [Member()]
         return [Member(f"group={i}", {"group": i}) for i in range(config.groups)]
+
+    def code(self, config: TrainConfig) -> list[str]:
+        """The algorithm that is named."""
+        from moe.algorithms.base import ALGORITHMS
+
+        return [] if config.algorithm is None else [ALGORITHMS.module_name(config.algorithm.name)]
 
     def external(self, config: TrainConfig, data_root: str) -> Mapping[str, str]:
         """The pretrained weights, so that a replaced file trains anew."""
@@ -81,4 +104,5 @@ class Stage(StageBase[TrainConfig]):
             val_split=config.val_split,
             domains=domains,
             init=init[0] if init else None,
+            algorithm=config.algorithm,
         )

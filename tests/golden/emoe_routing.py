@@ -12,7 +12,7 @@ from moe.layers.dispatch import combine, dispatch
 from moe.layers.gates import CosineGate, LinearGate, updated_gate
 from moe.layers.router import route_scores, route_tokens
 from moe.layers.seating import count_choices
-from moe.specs import RouterSpec
+from moe.router_spec import RouterSpec
 from tests.golden.gmoe_routing import grad, layer_gradients, leaf, load_layer, slot_rows, stored_routing, transposed
 from tests.golden.registry import check, op
 from tests.golden.replay import compare

@@ -14,7 +14,7 @@ from moe.layers.gates import CosineGate, LinearGate
 from moe.layers.layer import MoELayer
 from moe.layers.router import Routing, route_scores
 from moe.layers.seating import count_choices, official_load
-from moe.specs import RouterSpec
+from moe.router_spec import RouterSpec
 from tests.golden.registry import op
 
 Case = dict[str, Any]

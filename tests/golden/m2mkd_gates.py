@@ -9,7 +9,7 @@ import torch
 from moe.layers.gates import LinearGate, NoisyGate
 from moe.layers.layer import MoELayer
 from moe.layers.router import Routing, route_tokens
-from moe.specs import RouterSpec
+from moe.router_spec import RouterSpec
 from tests.golden.gmoe_routing import grad, leaf
 from tests.golden.registry import op
 

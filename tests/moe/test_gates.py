@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from moe.errors import SpecError
 from moe.layers.gates import CosineGate, LinearGate, NoisyGate, build_gate, key_means, updated_gate
-from moe.specs import RouterSpec
+from moe.router_spec import RouterSpec
 
 D, E = 6, 4
 

@@ -17,7 +17,7 @@ from moe.layers.dispatch import combine, dispatch, read_counts
 from moe.layers.kernels import expert_ffn
 from moe.layers.layer import MoELayer, collect_balance, collect_records
 from moe.layers.router import draw_noise, route_scores
-from moe.specs import RouterSpec
+from moe.router_spec import RouterSpec
 
 D, H, E = 6, 5, 4
 SPECS = {

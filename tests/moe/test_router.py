@@ -28,7 +28,7 @@ from moe.layers.seating import (
     seats,
     tutel_capacity,
 )
-from moe.specs import RouterSpec
+from moe.router_spec import RouterSpec
 
 SIZES = {"n": st.integers(1, 12), "experts": st.integers(1, 6), "seed": st.integers(0, 999)}
 FACTORS = st.sampled_from([None, -1.0, -0.4, 0.0, 0.3, 1.0, 1.7])

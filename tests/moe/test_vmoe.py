@@ -17,7 +17,7 @@ from moe.layers.layer import collect_balance
 from moe.models.vit_specs import ViTSpec, VMoESpec, named_vit, named_vmoe, student_specs
 from moe.models.vit_stages import ViTStages, resize_positions
 from moe.models.vmoe import VMoE, build_vit, upcycle_mlps
-from moe.specs import RouterSpec
+from moe.router_spec import RouterSpec
 
 TINY = {"image_size": 8, "patch_size": 4, "dim": 8, "heads": 2, "mlp_ratio": 2.0, "num_classes": 5}
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moe.layers.layer import MoELayer, collect_balance
 from moe.layers.router import draw_noise
-from moe.specs import RouterSpec
+from moe.router_spec import RouterSpec
 from workers.engines.base import OptimizerOptions, ParamGroup, Weighted
 from workers.engines.deepspeed import DeepSpeedEngine, DeepSpeedOptions, ParallelMoELayer, start
 from workers.engines.torch import TorchEngine

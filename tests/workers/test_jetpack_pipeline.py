@@ -22,12 +22,12 @@ from tests.workers.test_loop import Recorder
 from workers.context import Input
 from workers.data import load_data, write_index
 from workers.jetpack_images import TrainingImages
-from workers.jetpack_recycle import open_jetvit, recycle_member
+from workers.jetpack_recycle import open_network, recycle_member
 from workers.jetpack_report import Run, _row
 from workers.jetpack_settings import RecipeSettings, RecycleSettings, Start, StatisticsSettings
 from workers.jetpack_statistics import STATISTICS, dense_network, merged_statistics, network_digest, statistics_member
 from workers.jetpack_train import CURVE, _Run, train_member
-from workers.modelfile import MODEL_FILE, load_tensors, save_tensors
+from workers.modelfile import MODEL_FILE, load_student, load_tensors, save_tensors
 from workers.transforms import transform_for
 
 SIDE = 32
@@ -160,6 +160,37 @@ def test_the_whole_pipeline_with_a_report(store):
             assert wider.artifacts[name] == digest  # what was there is not made again
 
 
+CONVNEXT = {
+    "image_size": SIDE,
+    "dims": (12, 16, 24, 32),
+    "depths": (1, 1, 2, 1),
+    "moe": EXPERTS | {"compress_ratio": 1.0},
+    "moe_layers": (2, 3, 4),
+    "stage_experts": {3: (1, 2)},
+}
+
+
+def test_a_convnext_goes_the_same_way(data, tmp_path):
+    predecessor = {"name": "timm:test_convnext"}
+    shards = [measured(tmp_path / f"s{i}", data, i, shards=2, predecessor=predecessor) for i in range(2)]
+    changes = {"model": CONVNEXT, "predecessor": predecessor}
+    for name in ("Soft MoE random", "dense recycled", "random", "L2"):
+        start = recycle(tmp_path / name, data, STARTS[name], *shards, **changes)
+        assert start.meta["form"] == "jetconvnext"
+        assert set(start.meta["origin"]) == ({"predecessor", "fresh"} if "recycle" in STARTS[name] else {"fresh"})
+        run = train(tmp_path / f"run {name}", data, start, rates={"rule": "default", "lr": 1e-3})
+        network = open_network(run)
+        assert network(torch.randn(2, 3, SIDE, SIDE)).shape == (2, 3)
+        student = load_student(run.path, run.meta)
+        assert torch.equal(student(torch.ones(1, 3, SIDE, SIDE)), network(torch.ones(1, 3, SIDE, SIDE)))
+    with pytest.raises(SpecError, match="counts the blocks of a vision transformer"):
+        train(tmp_path / "layer decay", data, start)
+    given = recycle(tmp_path / "file", data, {"weights": str(start.path / MODEL_FILE)}, **changes)
+    assert given.meta["origin"]["file"] == len(state_of(start))
+    with pytest.raises(DataError, match="statistics of another model"):
+        recycle(tmp_path / "x", data, STARTS["L2"], measured(tmp_path / "vit", data), **changes)
+
+
 # Statistics.
 
 
@@ -205,7 +236,7 @@ def test_every_strategy_cuts_experts_out_of_the_predecessor(select, data, tmp_pa
             expert = state[f"blocks.{block}.mlp.{family}.vit_fc1.weight"]
             assert set(expert.flatten().tolist()) <= source
     assert set(made.meta["origin"]) == {"predecessor", "fresh"}
-    assert open_jetvit(made)(torch.randn(1, 3, SIDE, SIDE)).shape == (1, 3)
+    assert open_network(made)(torch.randn(1, 3, SIDE, SIDE)).shape == (1, 3)
 
 
 def test_starts_of_a_seed_share_what_is_random_and_the_dense_part(data, statistics, tmp_path):
@@ -242,7 +273,7 @@ def test_upcycling_copies_the_donors_networks(data, tmp_path):
 @pytest.mark.parametrize("form", ["flat", "nested"])
 def test_a_file_with_the_released_names(form, data, tmp_path):
     given = recycle(tmp_path / "a", data, {}, seed=5)
-    network = open_jetvit(given)
+    network = open_network(given)
     settings = RecycleSettings(model=MODEL, predecessor=TEACHER)
     stored = to_official(network, settings.network(Start()), form)
     (stored.get("state_dict", stored))["head.weight" if form == "flat" else "backbone.head.weight"] = torch.zeros(9, 32)
@@ -273,7 +304,7 @@ def test_starts_of_a_seed_see_the_same_mixed_batches(data, tmp_path):
     for name, start in (("a", {}), ("b", {"network": "dense"})):
         made = recycle(tmp_path / name, data, start)
         context = World(tmp_path / f"{name}-run", made.member, data=[data])
-        network, device = open_jetvit(made), torch.device("cpu")
+        network, device = open_network(made), torch.device("cpu")
         settings = RecycleSettings(model=MODEL, predecessor=TEACHER)
         toy_set = load_data("toy", {"size": SIDE}, tmp_path)
         recipe = RecipeSettings(**{**RECIPE, "accumulate": 4})
@@ -326,6 +357,13 @@ def test_updates_to_a_target_are_compared_within_a_seed():
 
 
 # Bad input, before any training.
+
+
+def test_predecessor_and_successor_are_of_one_family():
+    with pytest.raises(ValidationError, match="is a ConvNeXt, but the successor is a vision transformer"):
+        RecycleSettings(model=MODEL, predecessor={"name": "timm:convnext_tiny"})
+    with pytest.raises(ValidationError, match="the donor 'timm:test_vit' is a vision transformer"):
+        RecycleSettings(model=CONVNEXT, predecessor={"name": "timm:convnext_tiny"}, donor=TEACHER)
 
 
 def test_another_family_is_refused_when_the_file_is_read():

@@ -31,11 +31,13 @@ from workers.context import Input
 from workers.data import load_data, write_index
 from workers.m2mkd_assemble import assemble_member
 from workers.m2mkd_evaluate import evaluate_member
-from workers.m2mkd_files import frozen_meta, read_network, take_network, teacher_module, write_network
+from workers.m2mkd_files import frozen_meta, read_network, teacher_module, write_network
 from workers.m2mkd_images import TrainImages
+from workers.m2mkd_import import take_network
+from workers.m2mkd_run import RunSettings
 from workers.m2mkd_settings import FewShot, image_side, phase_method
 from workers.m2mkd_teach import Cache, cache_member, teach_member
-from workers.m2mkd_train import RunSettings, train_member
+from workers.m2mkd_train import train_member
 from workers.modelfile import MODEL_FILE, load_tensors, save_tensors
 from workers.packaged_weights import find
 
@@ -395,10 +397,10 @@ def test_the_deit_recipe_is_a_function_of_the_step():
     rows = np.arange(96)
     one, other = (TrainImages(photos(), rows, 16, Phase(**PHASE), augment, 3, 0) for _ in range(2))
     other(0)
-    (first, soft), (second, again) = one(5)[0], other(5)[0]
+    (first, soft), (second, again) = one(5)[0].batch, other(5)[0].batch
     assert torch.equal(first, second) and torch.equal(soft, again) and first.shape == (16, 3, 16, 16)
     torch.testing.assert_close(soft.sum(1), torch.ones(16))
-    assert not torch.equal(one(6)[0][0], first)
+    assert not torch.equal(one(6)[0].batch[0], first)
     repeated = one.chosen(0)
     assert len(set(repeated.tolist())) < len(repeated) == 16  # repeated augmentation
     assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
@@ -409,7 +411,7 @@ def test_the_deit_recipe_is_a_function_of_the_step():
 def test_smoothed_labels_without_mixing():
     augment = Augmentation(**{**PLAIN, "smoothing": 0.3})
     images = TrainImages(toy.toy_data(), np.arange(96), 8, Phase(**{**PHASE, "accumulate": 2}), augment, 0, 0)
-    pieces = images(0)
+    pieces = [piece.batch for piece in images(0)]
     assert [len(y) for _, y in pieces] == [8, 8]
     assert pieces[0][1].sum(1).tolist() == pytest.approx([1.0] * 8) and float(pieces[0][1].max()) == pytest.approx(0.8)
 
@@ -494,8 +496,12 @@ def test_files_that_are_missing_or_double():
         M2mkdAssembleConfig(method=METHOD, files=["a", "b", "b"])
     with pytest.raises(ValidationError, match="2 files for 3 stages"):
         M2mkdTrainConfig(method=METHOD, phase="ft", take=["a", "b"])
-    with pytest.raises(ValidationError, match="phase e2e does not start from files"):
-        M2mkdTrainConfig(method=METHOD, phase="e2e", take=["a"])
+    with pytest.raises(ValidationError, match="a finished model is one file; student modules go to m2mkd_assemble"):
+        M2mkdTrainConfig(method=METHOD, phase="e2e", take=["a", "b", "c"])
+    with pytest.raises(ValidationError, match="2 blocks of 1 files for a network of 3 blocks"):
+        M2mkdTrainConfig(method=METHOD, phase="pt", take=["a"], take_blocks=[0, 1])
+    with pytest.raises(ValidationError, match="fresh_head: it is about a file"):
+        M2mkdTrainConfig(method=METHOD, phase="pt", fresh_head=True)
 
 
 def test_networks_and_data_that_do_not_belong_together(data, frozen, tmp_path):

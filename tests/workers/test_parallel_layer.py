@@ -9,7 +9,7 @@ import torch
 
 from moe.errors import SpecError
 from moe.layers.layer import MoELayer
-from moe.specs import RouterSpec
+from moe.router_spec import RouterSpec
 from tests.support.ranks import pair_environments, run_together
 from workers.engines.parallel_layer import layer_names, share_of
 

@@ -8,7 +8,6 @@ SWAD, EMoE, another backbone; they are named by the sweep, and the name is part 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,7 +19,6 @@ from workers.domainbed.protocol import protocol
 from workers.overlay import overlay
 
 if TYPE_CHECKING:
-    from moe.student import Student
     from workers.domainbed.environments import EnvironmentSet
 
 OFFICIAL: Mapping[str, str] = {
@@ -116,31 +114,6 @@ def make_algorithm(
     except ValidationError as error:
         found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise SpecError(f"The settings of {name} do not fit: {found}.") from None
-
-
-def build_network(method: Algorithm[Any], classes: int, data_root: Path) -> Student:
-    """The network of an algorithm with its pretrained weights, converted where the method converts it.
-
-    Raises:
-        NotFoundError, CheckpointError: see :func:`workers.weights.load_pretrained`.
-    """
-    from moe.backbones import build_classifier, classifier_to_student
-    from workers.weights import load_pretrained
-
-    student: Student = method.build(classes)  # type: ignore[assignment]
-    spec = method.config.backbone
-    if spec.pretrained is False:
-        return student
-    classifier = build_classifier(spec, classes)
-    load_pretrained(spec, classifier, data_root)
-    state = classifier_to_student(spec, classifier.state_dict())
-    own = student.state_dict()
-    kept = ("classifier.", "moe.")  # fresh: made for this task
-    student.load_state_dict({name: own[name] if name.startswith(kept) else state[name] for name in own})
-    convert = getattr(method, "convert", None)
-    if convert is not None:
-        convert(student)
-    return student
 
 
 def _algorithm_name(method: MethodSpec, hparams: Mapping[str, Value]) -> str:

@@ -28,7 +28,7 @@ from moe.errors import SpecError
 from workers.checkpoints import CheckpointDir
 from workers.context import Context
 from workers.device import setup
-from workers.domainbed.algorithms import MethodSpec, build_network, make_algorithm, method_of
+from workers.domainbed.algorithms import MethodSpec, make_algorithm, method_of
 from workers.domainbed.environments import EnvironmentSet, IntArray, open_environments
 from workers.domainbed.hparams import Value, run_hparams
 from workers.domainbed.jobs import DONE, RESULTS
@@ -37,10 +37,11 @@ from workers.domainbed.protocol import Protocol, evaluation_steps, protocol, ste
 from workers.domainbed.routing import write_routing
 from workers.domainbed.scores import balanced_weights
 from workers.domainbed.splits import split_domain
-from workers.engines.base import OptimizerOptions, ParamGroup
+from workers.engines.base import OptimizerOptions
 from workers.engines.torch import TorchEngine
 from workers.loop import Evaluation, FitResult, LoopSpec, fit, mix
 from workers.modelfile import MODEL_FILE, save_tensors
+from workers.networks import build_network, groups_of
 from workers.transforms import Normalisation
 
 EvaluationMode = Literal["exact", "needed"]
@@ -107,9 +108,8 @@ def run_job(args: Mapping[str, Any], settings: RunSettings, context: Context) ->
     run = _Run(args, settings, context, device)
     steps, frequency = run.steps, run.frequency
     due = set(evaluation_steps(steps, frequency))
-    groups = [ParamGroup(g.name, g.parameters, g.lr, g.weight_decay) for g in run.algorithm.param_groups(run.network)]
     options = OptimizerOptions(run.algorithm.config.train.optimizer, precision=settings.precision)
-    engine = TorchEngine(run.network, groups, options, device)
+    engine = TorchEngine(run.network, groups_of(run.algorithm, run.network), options, device)
     spec = LoopSpec(
         steps=steps,
         seed=mix(int(args["seed"]), 3),

@@ -1,8 +1,8 @@
 """A :class:`moe.layers.layer.MoELayer` in the parts that DeepSpeed's expert-parallel layer is made of.
 
 DeepSpeed moves the tokens (two all-to-alls over fixed seats); our gate, router and kernels decide and compute, so that
-every rule of ``moe.specs.RouterSpec`` works over ranks and gives the numbers of the plain layer. Plain PyTorch: the
-package itself is imported in ``workers.engines.deepspeed`` only.
+every rule of ``moe.router_spec.RouterSpec`` works over ranks and gives the numbers of the plain layer. Plain PyTorch:
+the package itself is imported in ``workers.engines.deepspeed`` only.
 
 Shapes: N tokens of this rank, D width, E experts over all ranks, R ranks, L = E / R local experts, C seats.
 """

@@ -54,7 +54,7 @@ def probing(
         model: the network.
         receive: called during the forward, once per place and layer.
         places: name -> place.
-        blocks: path of the list of blocks.
+        blocks: path of the list of blocks; ``stages.*.blocks`` joins the lists of all stages.
 
     Raises:
         CheckpointError: the model has no such list, or a block no such module.
@@ -150,6 +150,9 @@ def _hook(
 
 
 def _blocks(model: nn.Module, path: str) -> list[nn.Module]:
+    before, star, after = path.partition(".*.")
+    if star:  # the lists of all children, one after the other
+        return [block for child in _blocks(model, before) for block in _blocks(child, after)]
     children = {
         name: child for name, child in model.named_modules() if isinstance(child, (nn.ModuleList, nn.Sequential))
     }

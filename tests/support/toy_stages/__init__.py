@@ -1,13 +1,14 @@
 """Tiny torch-free stages for the tests of the orchestrator; importing this package registers them.
 
 ``numbers`` makes numbers, ``sum`` adds them, ``square`` mirrors a fan-out member by member, ``gather`` works over all
-seeds, ``sleepy`` is a resumable loop, ``gang`` runs a function through ``context.train``.
+seeds, ``sleepy`` is a resumable loop, ``gang`` runs a function through ``context.train``, ``score`` is
+something to search over.
 Every artifact is ``value.json`` (``{"value": n}``) and its meta repeats the value.
 """
 
 from orchestrator.stages.base import STAGES
 
-KINDS = ("numbers", "sum", "square", "gather", "sleepy", "gang")
+KINDS = ("numbers", "sum", "square", "gather", "sleepy", "gang", "score")
 
 
 def register() -> None:

@@ -1,0 +1,366 @@
+"""Running a search: what is tried, what of it is in the store already, what came out, and which trial is given out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from moe.errors import Interrupted, MoepipeError, RunFailed, SpecError, nearest
+from orchestrator.blobs import write_atomic
+from orchestrator.context import MemberContext
+from orchestrator.search_check import metric_value, numbers
+from orchestrator.search_trial import Outcome, TrialMaker, found, known_points, run_trial, store_of
+from orchestrator.stages.base import Member
+from orchestrator.stages.search import SearchConfig
+from orchestrator.store import Store
+from workers.context import Context
+from workers.search_propose import Fixed, Proposer, Tpe, finite, random_points, restarts, shown
+from workers.search_report import Row, Study, best_row, write_study
+from workers.search_space import Values
+
+_ALWAYS_FAILS = 5
+STUDY = "search"
+
+
+@dataclass
+class Trial:
+    """A trial as the search sees it.
+
+    Attributes:
+        number: from 0, in the order of proposal; trials of earlier searches come first.
+        values: point of the space.
+        asked: number by which the proposer knows it; None for one of an earlier search.
+        row: what became of it; None while it is open.
+        artifact: of its first run.
+    """
+
+    number: int
+    values: Values
+    asked: int | None
+    row: Row | None = None
+    artifact: str = ""
+
+
+class Search:
+    """The bookkeeping of one search; knows nothing of processes.
+
+    Args:
+        config: of the search.
+        context: of its member.
+    """
+
+    def __init__(self, config: SearchConfig, context: MemberContext) -> None:
+        self.config, self.context = config, context
+        self.maker = TrialMaker(config, context.task)
+        self.store: Store = store_of(context.task)
+        self.space = config.searched()
+        self.trials: list[Trial] = []
+        self.reused = 0
+        self._asked = 0
+        self.proposer = self._begin()
+
+    # ---- what to try -----------------------------------------------------------------------------------------------
+
+    @property
+    def most(self) -> int:
+        """Trials in all."""
+        return self.config.trials or int(self.space.size())
+
+    def _begin(self) -> Proposer:
+        config = self.config
+        if config.algorithm == "grid":
+            return Fixed(self.space.grid())
+        if config.algorithm == "restarts":
+            return Fixed(restarts(self.most))
+        for values in self._known() if config.reuse else []:
+            self._take_over(values)
+        known = [trial.values for trial in self.trials]
+        seed = self.maker.seed(0) if config.sampler_seed is None else config.sampler_seed
+        written = self.space.project(_plain(config)) if config.include_written else None
+        first = [written] if written is not None and written not in known else []
+        if config.algorithm == "random":
+            return Fixed(random_points(self.space, seed, first, known))
+        results = [(t.values, t.row.objective) for t in self.trials if t.row is not None and t.row.objective]
+        return Tpe(self.space, config.modes, seed, config.batch, config.startup, first, results)
+
+    def _known(self) -> list[Values]:
+        """Points that were there when this search first began: a resume must see the same ones."""
+        path = self.context.scratch / "known.json"
+        if not path.exists():
+            write_atomic(path, json.dumps(known_points(self.maker, self.store)).encode())
+        points: list[Values] = json.loads(path.read_text())
+        return [values for values in points if self.space.contains(values)]
+
+    def _take_over(self, values: Values) -> None:
+        outcome = found(self.maker, self.store, values)
+        if outcome is not None:
+            trial = Trial(len(self.trials), values, None)
+            self.trials.append(trial)
+            self.settle(trial.number, outcome, "earlier")
+
+    def next(self, look: bool = True) -> Trial | Literal["wait", "done"]:
+        """The next trial that must be run. Trials whose artifacts are there are settled on the way.
+
+        Args:
+            look: settle what is in the store; otherwise it is given out as well.
+
+        Raises:
+            SpecError: no trial can succeed.
+        """
+        while len(self.trials) < self.most:
+            values = self.proposer.ask()
+            if isinstance(values, str):
+                return values
+            trial = Trial(len(self.trials), values, self._asked)
+            self._asked += 1
+            self.trials.append(trial)
+            outcome = self._same(trial) or (found(self.maker, self.store, values) if look else None)
+            if outcome is None:
+                return trial
+            self.settle(trial.number, outcome, "store")
+        return "done"
+
+    def _same(self, trial: Trial) -> Outcome | None:
+        """The result of an equal trial of this search."""
+        for other in self.trials[: trial.number]:
+            if other.row is not None and other.row.state == "done" and other.values == trial.values:
+                return found(self.maker, self.store, trial.values)
+        return None
+
+    # ---- what came out ---------------------------------------------------------------------------------------------
+
+    def settle(self, number: int, outcome: Outcome, source: str = "run") -> Row:
+        """Take a trial's outcome.
+
+        Raises:
+            SpecError: the metric does not exist.
+            RunFailed: the first trials have all failed.
+            Interrupted: the trial was stopped because the search was.
+        """
+        if outcome.state == "interrupted":
+            raise Interrupted(f"{self.context.task.node} was asked to stop.", "Finished trials are kept.")
+        trial = self.trials[number]
+        state, error, objective, runs = outcome.state, outcome.error, None, []
+        if state == "done":
+            runs = [self._scores(digest) for digest in outcome.artifacts]
+            objective = [sum(values) / len(values) for values in zip(*runs, strict=True)]
+            trial.artifact = outcome.artifacts[0]
+            if not finite(objective):
+                state, error, objective = "failed", f"its objective is {', '.join(map(str, objective))}", None
+        elif state == "stopped" and outcome.curve:
+            runs = [[outcome.curve[-1][1]]]
+        row = Row(
+            number=number,
+            values=dict(trial.values),
+            state=state,
+            objective=objective,
+            runs=runs,
+            error=error,
+            source="earlier" if source == "earlier" else "search",
+            artifacts=list(outcome.artifacts),
+            curve=[list(point) for point in outcome.curve],
+            steps=outcome.steps,
+        )
+        trial.row = row
+        if trial.asked is not None:
+            self.proposer.tell(trial.asked, objective)
+        self.reused += source != "run"
+        self._tell(row, source)
+        self._give_up()
+        return row
+
+    def _scores(self, digest: str) -> list[float]:
+        meta = self.store.artifact(digest).meta
+        values = []
+        for metric in self.config.metrics:
+            value = metric_value(meta, metric)
+            if value is None:
+                names = [name for name, _ in numbers(meta)]
+                raise SpecError(
+                    f"No trial reports the metric {metric!r}: kind {self.config.stage.kind!r} has no such number.",
+                    nearest(metric, names),
+                )
+            values.append(value)
+        return values
+
+    def _tell(self, row: Row, source: str) -> None:
+        """One line, one point of the curve, one step of the bar."""
+        rows = self.rows()
+        best = best_row(rows, self.config.modes)
+        said = {"done": _numbers(row.objective or []), "failed": f"failed: {row.error}"}.get(row.state, row.state)
+        where = {"store": " (from the store)", "earlier": " (of an earlier search)"}.get(source, "")
+        self.context.log(f"trial {row.number}: {said}{where}  {shown(row.values)}")
+        values = {}
+        if row.objective:
+            values["trial/objective"] = row.objective[0]
+        if best is not None and best.objective:
+            values["best/objective"] = best.objective[0]
+        if values:
+            self.context.metrics(values, step=len(rows))
+        short = {"best": values["best/objective"]} if "best/objective" in values else {}
+        self.context.progress(len(rows), self.most, **short)
+
+    def _give_up(self) -> None:
+        rows = self.rows()
+        if len(rows) >= min(_ALWAYS_FAILS, self.most) and all(row.state == "failed" for row in rows):
+            raise RunFailed(
+                f"All of the first {len(rows)} trials failed. Trial {rows[0].number}: {rows[0].error}",
+                f"Their logs are in {Path(self.context.task.log).with_suffix('')}.",
+            )
+
+    def rows(self) -> list[Row]:
+        """The settled trials, by number."""
+        return [trial.row for trial in self.trials if trial.row is not None]
+
+    # ---- the end ---------------------------------------------------------------------------------------------------
+
+    def finish(self) -> dict[str, Any]:
+        """Write the best trial's files and the study; return ``meta``.
+
+        Raises:
+            RunFailed: too few trials succeeded.
+        """
+        config, rows = self.config, self.rows()
+        best = best_row(rows, config.modes)
+        done = sum(row.state == "done" for row in rows)
+        if best is None or done < config.min_trials:
+            first = next((row for row in rows if row.state == "failed"), None)
+            why = f" Trial {first.number} failed: {first.error}" if first else ""
+            raise RunFailed(f"{done} of {len(rows)} trials succeeded, {config.min_trials} must.{why}")
+        artifact = self.store.artifact(self.trials[best.number].artifact)
+        copy_files(self.store.local_path(artifact), list(artifact.files), self.context.output)
+        study = Study(
+            stage=config.stage.kind,
+            metrics=list(config.metrics),
+            modes=list(config.modes),
+            selection=config.selection,
+            algorithm=config.algorithm,
+            scheduler=config.scheduler,
+            seeds=config.seeds,
+            space=self.space,
+            rows=rows,
+        )
+        chosen = config.point(best.values).model_dump(mode="json")
+        write_study(study, chosen, self.context.output / STUDY, config.figures)
+        counts = {state: sum(row.state == state for row in rows) for state in ("done", "failed", "stopped")}
+        self.context.log(
+            f"best: trial {best.number}, {_numbers(best.objective or [])}, {shown(best.values)}. {len(rows)} trials: "
+            f"{self.reused} from the store, {len(rows) - self.reused} run now; {counts['failed']} failed, "
+            f"{counts['stopped']} stopped early."
+        )
+        if rows and self.reused == len(rows) and config.algorithm in ("random", "tpe") and self.space.dimensions:
+            self.context.log("Every trial was there already: raise `trials` to try new points.")
+        return {
+            **artifact.meta,
+            "search": {
+                "metrics": study.metrics,
+                "modes": study.modes,
+                "selection": study.selection,
+                "best": {"trial": best.number, "values": best.values, "objective": best.objective},
+                "trials": counts,
+                "artifacts": sorted({digest for row in rows for digest in row.artifacts}),
+            },
+        }
+
+
+def run_search(config: SearchConfig, member: Member, context: Context) -> dict[str, Any]:
+    """See :class:`orchestrator.stages.search.Stage`."""
+    search = Search(config, cast(MemberContext, context))
+    check_selection(config, context)
+    if in_ray_worker():
+        from orchestrator.executors.tune import run_on_tune
+
+        run_on_tune(search)
+    else:
+        run_here_one_by_one(search)
+    return search.finish()
+
+
+def run_here_one_by_one(search: Search) -> None:
+    """All trials in this process.
+
+    Raises:
+        SpecError: the search has a scheduler, which needs trials side by side.
+    """
+    if search.config.scheduler != "none":
+        search.context.log(f"inline: no scheduler ({search.config.scheduler} needs Ray), every trial runs to its end")
+    while not isinstance(trial := search.next(), str):
+        outcome = run_trial(
+            search.maker, trial.number, trial.values, lambda signal: None, stop=lambda: stopped(search.context)
+        )
+        search.settle(trial.number, outcome)
+        search.context.check()
+
+
+def stopped(context: Context) -> bool:
+    """Whether the search was asked to stop."""
+    try:
+        context.check()
+    except Interrupted:
+        return True
+    return False
+
+
+def in_ray_worker() -> bool:
+    """Whether this process was started by Ray (and not: whether it has started Ray)."""
+    import sys
+
+    ray: Any = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return False
+    return bool(ray.get_runtime_context().worker.mode == ray.WORKER_MODE)
+
+
+def check_selection(config: SearchConfig, context: Context) -> None:
+    """Hold the declared selection against the rows: who is in the validation split.
+
+    Raises:
+        SpecError: the validation rows belong to test domains, or to other domains than was declared.
+    """
+    data = context.inputs.get("data", ())
+    split = _plain(config).get("val_split")
+    if not data or not isinstance(split, str):
+        return
+    from workers.data import read_index
+
+    index = read_index(data[0])
+    domains = {name: set(index.column(index.domain_field, rows).tolist()) for name, rows in index.splits.items()}
+    if split not in domains:
+        return
+    if domains[split] & (domains.get("test", set()) - domains.get("train", set())):
+        raise SpecError(f"The split {split!r} holds rows of test domains.", "Selection never looks at test domains.")
+    inside = domains[split] <= domains.get("train", set())
+    actual = "training_domains" if inside else "validation_domains"
+    if actual != config.selection:
+        raise SpecError(
+            f"selection is {config.selection!r}, but the rows of split {split!r} are of "
+            f"{'training domains' if inside else 'domains that are not trained on'}.",
+            f"Write selection: {actual}.",
+        )
+
+
+def copy_files(source: Path, names: Sequence[str], target: Path) -> None:
+    """Copy an artifact's files (links where the file system has them: both are read-only)."""
+    for name in names:
+        to = target / name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            to.hardlink_to(source / name)
+        except OSError:
+            shutil.copyfile(source / name, to)
+
+
+def _plain(config: SearchConfig) -> Mapping[str, Any]:
+    """The wrapped config as written, with what presets and defaults fill in; raw where it is incomplete."""
+    try:
+        return config.point({}).model_dump(mode="json")
+    except (ValueError, MoepipeError):
+        return config.stage.config
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.6g}" for value in values)

