@@ -1,13 +1,15 @@
 """Comparing many runs: 500 generated runs, each with three seeds, six methods, and the event file of a real run.
 
-What is asked for is an absolute time, 3 s for 500 runs: the row's ratio is that budget by the wall time of the command,
-start of the interpreter and imports included.
+What is asked for is an absolute time, 3 s for 500 runs: the row's ratio is that budget by the CPU time of the
+whole process (one thread), start of the interpreter and imports included; wall time is in the note.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -154,7 +156,7 @@ def _evaluation(folder: Path, rng: np.random.Generator, seed: int) -> str:
 
 
 def run(sizes: Sizes) -> list[Row]:
-    """Wall time of ``moepipe compare --pipeline bench --format json`` on generated runs."""
+    """CPU time of ``moepipe compare --pipeline bench --format json`` on generated runs."""
     quick = sizes == Sizes.quick()
     count = 50 if quick else 500
     with tempfile.TemporaryDirectory(prefix="moepipe-bench-") as name:
@@ -162,12 +164,14 @@ def run(sizes: Sizes) -> list[Row]:
         make_runs(folder, count)
         command = [sys.executable, "-c", "from orchestrator.cli import main; main()", "compare", "--pipeline", "bench"]
         command += ["--format", "json", "--store", name]
-        times = []
+        times, walls = [], []
         for _ in range(2 if quick else 4):
-            begin = time.perf_counter()
+            begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
             done = subprocess.run(command, capture_output=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            times.append(time.perf_counter() - begin)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+            walls.append(time.perf_counter() - begin)
         rows = len(json.loads(done.stdout)["rows"])
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    note = f"{count} runs, {rows} rows, {size / 1e6:.0f} MB of records; baseline is the budget of {BUDGET_S:g} s"
-    return [Row(f"compare {count} runs", BUDGET_S, min(times), 1.0, note)]
+    note = f"{count} runs, {rows} rows, {size / 1e6:.0f} MB of records; best wall time {min(walls):.1f} s"
+    return [Row(f"compare {count} runs (against {BUDGET_S:g} s)", BUDGET_S, statistics.median(times), 1.0, note)]

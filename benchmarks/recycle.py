@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.jetpack_whole import peak_gb, recycling_rows
 from benchmarks.measure import Row, alternate
 from benchmarks.setting import Sizes
 from moe.conversion.recycle.graph import part_probabilities, partition
@@ -32,7 +33,7 @@ EVERY = ("L1", "L2", "act_patrn", "co_act")
 
 
 def run(sizes: Sizes) -> list[Row]:
-    """Graph rows, a gather row, a statistics row, a memory row."""
+    """Graph rows, a gather row, a statistics row, a memory row, and the whole."""
     quick = sizes == Sizes.quick()
     return [
         metis_row(96 if quick else 1536),
@@ -40,6 +41,7 @@ def run(sizes: Sizes) -> list[Row]:
         gather_row(quick, sizes.repetitions),
         statistics_row(quick),
         memory_row(quick),
+        *recycling_rows(quick),
     ]
 
 
@@ -201,11 +203,9 @@ def memory_row(quick: bool) -> Row:
 
 def report_peak(quick: bool, batches: int) -> None:
     """Print the peak resident memory in GB of a pass that spans several groups of batches."""
-    import resource
-
     torch.set_num_threads(1)
     model, side = predecessor(quick), 32 if quick else 224
     options = StatisticsOptions(metrics=EVERY, group=2)
     images = (torch.randn(2 if quick else 16, 3, side, side) for _ in range(batches))
     collect_statistics(model, images, options).finalise()
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
+    print(json.dumps(peak_gb()))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.jetpack_whole import step_row
 from benchmarks.measure import Row, alternate
 from benchmarks.setting import Sizes
 from moe.jetpack_specs import SpheroSpec
@@ -22,7 +23,7 @@ TOKENS = 197
 
 
 def run(sizes: Sizes) -> list[Row]:
-    """Layer (training and without draws), forward alone, entmax, second order."""
+    """Layer (training and without draws), forward alone, entmax, second order, a step of the whole network."""
     quick = sizes == Sizes.quick()
     core, repetitions = (3, 1) if quick else (98, 5)
     shapes = [(16, 2)] if quick else [(192, 8), (192, 32), (384, 8)]
@@ -31,7 +32,7 @@ def run(sizes: Sizes) -> list[Row]:
         rows += _layer(dim, batch, core, repetitions)
     rows += _entmax(2 if quick else 8, 3 * core, repetitions)
     rows += _second_order(*shapes[0], core, repetitions)
-    return rows
+    return [*rows, step_row(quick)]
 
 
 def _layer(dim: int, batch: int, core: int, repetitions: int) -> list[Row]:

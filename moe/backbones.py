@@ -196,8 +196,12 @@ def _network(spec: BackboneSpec, num_outputs: int) -> nn.Module:
     if spec.jetvit is not None:
         from moe.models.sphero_vit import build_sphero_vit
 
-        jetvit: nn.Module = build_sphero_vit(_at_size(spec.jetvit, spec), num_outputs)
-        return jetvit
+        jetvit = build_sphero_vit(_at_size(spec.jetvit, spec), num_outputs)
+        if spec.gmoe is not None:
+            from moe.models.surgery import sparsify
+
+            sparsify(jetvit, spec.gmoe)
+        return _grouped(spec, jetvit)
     if spec.vmoe is not None:
         from moe.models.vmoe import build_vit
 
@@ -233,10 +237,17 @@ def _timm(spec: BackboneSpec, num_outputs: int) -> nn.Module:
         from moe.models.vit_tail import VitTail
 
         return VitTail(model, spec.first_block)
+    return _grouped(spec, model)
+
+
+def _grouped(spec: BackboneSpec, model: nn.Module) -> nn.Module:
+    """EMoE's conversion, where it is asked for, with any grouping of the neurons.
+
+    A stored network brings its own grouping, and ``workers.weights`` groups pretrained neurons.
+    """
     if spec.emoe is not None:
         from moe.models.emoe_convert import convert_layers
 
-        # Any grouping will do: a stored network brings its own, and `workers.weights` groups pretrained neurons.
         split = spec.emoe.split if spec.emoe.split == "copy" else "contiguous"
         with torch.device("cpu"):  # labels are looked at, also when shapes alone are wanted
             convert_layers(model, spec.emoe_layers, spec.emoe.model_copy(update={"split": split}))

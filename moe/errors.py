@@ -87,6 +87,13 @@ class BusyError(MoepipeError):
     exit_code = 7
 
 
+class GateRefused(MoepipeError):
+    """The declared promotion gate does not let a model through."""
+
+    code = "gate"
+    exit_code = 8
+
+
 class Interrupted(MoepipeError):
     """The user asked to stop; the state up to the last checkpoint is kept."""
 

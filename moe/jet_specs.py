@@ -33,10 +33,10 @@ class JetConvNeXtSpec(BaseModel):
         default=None, description="The slots; its drop_path is the last block's, linear over depth. None: dense."
     )
     moe_layers: tuple[int, ...] = Field(default=(), description="Blocks that carry a layer, from 0 over all stages.")
-    stage_experts: dict[int, tuple[int, int]] = Field(
-        default_factory=dict,
-        description="Stage, from 0 -> core and universal experts of its blocks (Soft MoE: their sum), with noise_mult "
-        "1/(core + universal); other stages have the experts of `moe`.",
+    stage_experts: tuple[tuple[int, int] | None, ...] = Field(
+        default=(),
+        description="Core and universal experts of each stage's blocks (Soft MoE: their sum), with noise_mult "
+        "1/(core + universal). null, or a stage beyond the list: the experts of `moe`.",
     )
 
     @model_validator(mode="after")
@@ -52,10 +52,19 @@ class JetConvNeXtSpec(BaseModel):
             raise ValueError(f"blocks {wrong} do not exist; there are {sum(self.depths)}, from 0.")
         if self.moe_layers and self.moe is None:
             raise ValueError(f"blocks {sorted(self.moe_layers)} are to carry slots, but moe is not given.")
-        lost = sorted(set(self.stage_experts) - {self.stage_of(i) for i in self.moe_layers})
-        if lost and self.moe is not None:
-            raise ValueError(f"stage_experts names the stages {lost}, which have no block of moe_layers.")
+        given = {stage for stage, counts in enumerate(self.stage_experts) if counts is not None}
+        lost = sorted(given - {self.stage_of(i) for i in self.moe_layers})
+        if lost:
+            raise ValueError(f"stage_experts gives experts to the stages {lost}, which have no block of moe_layers.")
+        if any(
+            min(self.stage_experts[stage] or (0,)) < 0 or not sum(self.stage_experts[stage] or ()) for stage in given
+        ):
+            raise ValueError(f"stage_experts {list(self.stage_experts)} leaves a stage without experts.")
         return self
+
+    def experts_of(self, stage: int) -> tuple[int, int] | None:
+        """Core and universal experts that ``stage_experts`` gives a stage."""
+        return self.stage_experts[stage] if stage < len(self.stage_experts) else None
 
     @property
     def dim(self) -> int:
@@ -78,7 +87,7 @@ class JetConvNeXtSpec(BaseModel):
             raise SpecError(f"Block {block} of this network carries no slots.")
         rate = moe.drop_path * block / max(1, sum(self.depths) - 1)
         fields: dict[str, Any] = {"drop_path": rate}
-        if (counts := self.stage_experts.get(self.stage_of(block))) is not None:
+        if (counts := self.experts_of(self.stage_of(block))) is not None:
             sphero = isinstance(moe, SpheroSpec)
             own = dict(zip(("core_experts", "univ_experts"), counts, strict=True))
             fields |= {**own, "noise_mult": 1 / sum(counts)} if sphero else {"num_experts": sum(counts)}
@@ -112,6 +121,6 @@ def c_jetmoe(image_size: int = 224, **changes: object) -> JetConvNeXtSpec:
     """
     fields: dict[str, object] = {"image_size": image_size, "drop_path": 0.1, "moe": released_slots()}
     geometry = JetConvNeXtSpec(image_size=image_size)
-    cores = {stage: max(1, geometry.tokens(stage) // 2) for stage in (2, 3)}
-    fields |= {"stage_experts": {stage: (core, 2 * core) for stage, core in cores.items()}}
+    cores = [max(1, geometry.tokens(stage) // 2) for stage in (2, 3)]
+    fields |= {"stage_experts": (None, None, *((core, 2 * core) for core in cores))}
     return JetConvNeXtSpec.model_validate({**fields, "moe_layers": tuple(range(9, 18)), **changes})

@@ -78,10 +78,10 @@ class BackboneSpec(BaseModel):
         "before it made (data set frozen_vit).",
     )
     gmoe: GMoESpec | None = Field(
-        default=None, description="Vision transformers of timm only: make feed-forward networks mixtures of experts."
+        default=None, description="Vision transformers of timm and jetvit: make feed-forward networks mixtures of experts."
     )
     emoe: EMoESpec | None = Field(
-        default=None, description="Vision transformers of timm only: neurons of emoe_layers grouped into experts."
+        default=None, description="Vision transformers of timm and jetvit: neurons of emoe_layers grouped into experts."
     )
     emoe_layers: tuple[int, ...] = Field(default=(), description="Blocks that emoe converts, from 0.")
     jetvit: JetViTSpec | None = Field(
@@ -110,9 +110,9 @@ class BackboneSpec(BaseModel):
             raise ValueError(f"width={self.width} has no meaning for {self.name!r}; it scales tiny_cnn only.")
         if self.last_relu and not self.name.startswith("torchvision:densenet"):
             raise ValueError(f"last_relu has no meaning for {self.name!r}; it is a choice of the DenseNet family.")
-        transformer = self.name == "vit_small_focus" or self.name.startswith("timm:")
+        transformer = self.name in ("vit_small_focus", "jetvit") or self.name.startswith("timm:")
         changed = [field for field in ("first_block", "gmoe", "emoe") if getattr(self, field) is not None]
-        if changed and not transformer:
+        if changed and (not transformer or (changed[0], self.name) == ("first_block", "jetvit")):
             raise ValueError(f"{changed[0]} has no meaning for {self.name!r}; it is for vision transformers of timm.")
         if len(changed) > 1:
             raise ValueError(f"{' and '.join(changed)} cannot be combined; leave all but one of them out.")

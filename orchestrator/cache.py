@@ -35,7 +35,7 @@ def stage_of(kind: str) -> StageBase[Any]:
 
 def member_seed(node: Node) -> int:
     """The seed of a node's context. Stages over all seeds get one that depends on their names alone."""
-    return derive_seed(0, node.stage, node.member.name) if node.seed is None else node.seed
+    return derive_seed(0, node.seed_name or node.stage, node.member.name) if node.seed is None else node.seed
 
 
 def keyed_config(config: BaseModel) -> dict[str, Any]:

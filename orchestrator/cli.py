@@ -2,7 +2,7 @@
 
 Commands live in ``cli_*.py``; they import what they need inside their bodies, so that ``moepipe --help`` and shell
 completion stay instant. Exit codes: 0 ok, 1 run failed, 2 usage or spec, 3 infeasible, 4 not found, 5 environment,
-6 data or checkpoint, 7 busy, 130 interrupted.
+6 data or checkpoint, 7 busy, 8 promotion gate, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,18 @@ import typer
 from typer.core import TyperGroup
 
 from moe.errors import MoepipeError
-from orchestrator import cli_checkpoint, cli_compare, cli_data, cli_domainbed, cli_read, cli_run, cli_serve, cli_tools
+from orchestrator import (
+    cli_checkpoint,
+    cli_cluster,
+    cli_compare,
+    cli_data,
+    cli_domainbed,
+    cli_promote,
+    cli_read,
+    cli_run,
+    cli_serve,
+    cli_tools,
+)
 from orchestrator.cli_options import JSON_KEY
 
 
@@ -67,14 +78,15 @@ def options(
 
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Run": (cli_run.submit, cli_run.plan, cli_run.validate, cli_run.resume, cli_run.cancel),
-    "Look": (cli_read.status, cli_read.logs, cli_read.runs, cli_read.show, cli_compare.compare),
-    "Serve": (cli_serve.serve, cli_serve.adapt, cli_serve.predict),
+    "Look": (cli_read.status, cli_read.logs, cli_read.runs, cli_read.show, cli_compare.compare, cli_compare.cite),
+    "Serve": (cli_promote.promote, cli_serve.serve, cli_serve.adapt, cli_serve.predict),
     "Write a pipeline": (cli_tools.init, cli_read.ls, cli_read.explain, cli_read.schema),
     "House-keeping": (cli_tools.doctor, cli_tools.ui, cli_tools.gc, cli_tools.version),
 }
 for panel, commands in PANELS.items():
     for function in commands:
         app.command(rich_help_panel=panel)(function)
+app.add_typer(cli_cluster.app, name="cluster", rich_help_panel="Run")
 app.add_typer(cli_data.app, name="data", rich_help_panel="House-keeping")
 app.add_typer(cli_domainbed.app, name="domainbed", rich_help_panel="Look")
 app.add_typer(cli_checkpoint.app, name="checkpoint", rich_help_panel="House-keeping")

@@ -140,7 +140,7 @@ def _text(found: Comparison, form: str, by: str, command: str) -> str:
 
         return page(found, command)
     if form == "json":
-        return json.dumps(console.finite(compare_render.to_json(found)), indent=2, allow_nan=False) + "\n"
+        return json.dumps(console.finite(compare_render.to_json(found)), allow_nan=False) + "\n"
     if form == "terminal":
         form = "md"
     writers = {"md": compare_render.markdown, "latex": compare_render.latex, "csv": compare_render.to_csv}
@@ -149,13 +149,15 @@ def _text(found: Comparison, form: str, by: str, command: str) -> str:
 
 def _terminal(found: Comparison, by: str) -> None:
     from orchestrator import console
-    from orchestrator.compare_render import TERMINAL_DOMAINS, grids, notes
+    from orchestrator.compare_render import TERMINAL_DOMAINS, TERMINAL_ROWS, grids, notes
 
     wide = by == "domain" or (by == "auto" and len(found.domains) <= TERMINAL_DOMAINS)
     for grid in grids(found, domains=wide):
         header = [grid.header[0], *(f"{title}>" for title in grid.header[1:])]
         console.say(grid.title)
-        console.show_table(header, grid.body)
+        console.show_table(header, grid.body[:TERMINAL_ROWS])
+        if len(grid.body) > TERMINAL_ROWS:
+            console.say(f"and {len(grid.body) - TERMINAL_ROWS} more rows: --format csv, md or html has all.")
         console.say("")
     if not wide and len(found.domains) > 1:
         console.say(f"{len(found.domains)} domains: --by domain, or --format html, shows each.")
@@ -174,3 +176,30 @@ def _command(runs: Sequence[str], last: int | None, pipeline: str | None, option
     words += ["--selection", options.selection] if options.selection else []
     words += ["--allow-different"] if options.allow_different else []
     return shlex.join(words)
+
+
+def cite(
+    run: opt.RunId = "latest",
+    form: Annotated[str, typer.Option("--format", "-f", help="bibtex or plain.")] = "bibtex",
+    store: opt.StoreUrl = opt.DEFAULT_STORE,
+    json: opt.Json = False,
+) -> None:
+    """Print the papers that a run stands on: its algorithms, adaptation methods, backbones and data sets."""
+    from orchestrator import console
+    from orchestrator.cite import citations, complete
+    from orchestrator.runs import RunStore
+    from orchestrator.store import Store
+
+    _one_of("--format", form, ("bibtex", "plain"))
+    chosen = RunStore(Store.open(store)).open(run)
+    found = citations(complete(chosen))
+    if json:
+        console.emit_json({"run": chosen.id, "papers": [entry.to_json() for entry in found]})
+        return
+    for entry in found:
+        if form == "plain":
+            console.say(f"- {entry.paper.plain()} ({', '.join(entry.used)})")
+        else:
+            console.say(f"% {', '.join(entry.used)}", entry.paper.bibtex(), "")
+    if not found:
+        console.note("This run uses nothing with a paper.")

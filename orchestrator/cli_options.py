@@ -75,6 +75,10 @@ Seeds = Annotated[
     str | None,
     typer.Option("--seeds", metavar="0,1,2", help="Override the pipeline's seeds."),
 ]
+Sweep = Annotated[
+    list[str] | None,
+    typer.Option("--sweep", metavar="PATH=A,B,...", help="Run at every value; several options make a grid."),
+]
 StoreUrl = Annotated[
     str,
     typer.Option("--store", envvar="MOEPIPE_STORE", help="Where artifacts and run records live (folder or URL)."),
@@ -89,6 +93,22 @@ On = Annotated[
         "--on", metavar="WHERE", help="ray (own local cluster), inline (this process), or a cluster's address."
     ),
 ]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        "--address",
+        metavar="WHERE",
+        help="Run it there through Ray Jobs: a cluster's YAML, or http://host:8265.",
+    ),
+]
+RunName = Annotated[
+    str | None,
+    typer.Option("--run", metavar="NAME", help="The run's id; submitting the same name again continues it."),
+]
+Detach = Annotated[bool, typer.Option("--detach", help="With --cluster: submit and leave.")]
+AnyCode = Annotated[bool, typer.Option("--any-code", help="With --cluster: though its code differs from here.")]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")]
 Json = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON document on stdout.", callback=_remember_json),

@@ -10,8 +10,10 @@ import typer
 from orchestrator import cli_options as opt
 
 if TYPE_CHECKING:
+    from orchestrator.graph import Graph
     from orchestrator.loading import Loaded
     from orchestrator.runs import Run
+    from orchestrator.spec import PipelineSpec
     from orchestrator.store import Store
 
 
@@ -25,6 +27,19 @@ def _load(pipeline: Path, profile: str | None, overrides: list[str] | None, seed
     return loaded
 
 
+def _load_any(
+    pipeline: Path, profile: str | None, overrides: list[str] | None, seeds: str | None, sweep: list[str] | None
+) -> tuple[PipelineSpec, Graph, list[dict[str, Any]]]:
+    """The pipeline, or all points of a sweep in one, with the points."""
+    if not sweep:
+        loaded = _load(pipeline, profile, overrides, seeds)
+        return loaded.spec, loaded.graph, []
+    from orchestrator.sweeping import load_sweep
+
+    swept = load_sweep(pipeline, profile, opt.all_overrides(overrides, seeds), sweep)
+    return swept.spec, swept.graph, swept.record()
+
+
 def submit(
     pipeline: opt.Pipeline,
     profile: opt.Profile = None,
@@ -33,31 +48,50 @@ def submit(
     on: opt.On = "ray",
     store: opt.StoreUrl = opt.DEFAULT_STORE,
     data: opt.DataRoot = None,
+    sweep: opt.Sweep = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    run_name: opt.RunName = None,
+    cluster: opt.Cluster = None,
+    detach: opt.Detach = False,
+    any_code: opt.AnyCode = False,
     quiet: opt.Quiet = False,
     json: opt.Json = False,
 ) -> None:
     """Run a pipeline. What was done before is a hit and is not done again."""
     if dry_run:
-        plan(pipeline, profile, overrides, seeds, on, store, data, json)
+        plan(pipeline, profile, overrides, seeds, on, store, data, sweep, json)
         return
     from orchestrator.runs import RunStore
     from orchestrator.store import Store
 
-    loaded = _load(pipeline, profile, overrides, seeds)
-    place = Store.open(store)
-    options = {
+    spec, graph, points = _load_any(pipeline, profile, overrides, seeds, sweep)
+    options: dict[str, Any] = {
         "on": on,
         "data": str(opt.data_root(data, store).absolute()),
         "pipeline": str(pipeline),
         "profile": profile,
         "set": opt.all_overrides(overrides, seeds),
+        **({"sweep": points} if points else {}),
     }
-    run = RunStore(place).create(loaded.spec, options=options)
-    _drive(run, place, on, opt.data_root(data, store), quiet, json)
+    if cluster is not None:
+        from orchestrator.cli_cluster import Submission, submit_remote
+
+        given = Submission(spec, graph, run_name, options, store, data, any_code, json)
+        submit_remote(given, cluster, detach)
+        return
+    place = Store.open(store)
+    runs = RunStore(place)
+    if run_name is None:
+        run = runs.create(spec, options=options)
+    else:
+        from orchestrator.cluster_runs import run_named
+        from orchestrator.console import note
+
+        run = run_named(runs, spec, run_name, options, note)
+    drive_run(run, place, on, opt.data_root(data, store), quiet, json)
 
 
-def _drive(run: Run, store: Store, on: str, data_root: Path, quiet: bool, json: bool) -> None:
+def drive_run(run: Run, store: Store, on: str, data_root: Path, quiet: bool, json: bool) -> None:
     """Run to the end and say what came out. Raises the first error when a member failed."""
     from orchestrator import console, result
     from orchestrator.graph import build_graph
@@ -79,6 +113,7 @@ def _drive(run: Run, store: Store, on: str, data_root: Path, quiet: bool, json: 
     if error is not None:
         raise error
     document = result.describe(run, graph, store, driven)
+    document |= result.describe_sweep(run, graph, store, driven)
     if json:
         console.emit_json(console.finite({**document, "tracking": result.describe_tracking(driven.tracking())}))
         return
@@ -94,6 +129,7 @@ def plan(
     on: opt.On = "ray",
     store: opt.StoreUrl = opt.DEFAULT_STORE,
     data: opt.DataRoot = None,
+    sweep: opt.Sweep = None,
     json: opt.Json = False,
 ) -> None:
     """Say what submit would do: hit or miss for each member and why, resources, time."""
@@ -101,11 +137,11 @@ def plan(
     from orchestrator.plan import make_plan
     from orchestrator.store import Store
 
-    loaded = _load(pipeline, profile, overrides, seeds)
+    spec, graph, _ = _load_any(pipeline, profile, overrides, seeds, sweep)
     place, root = Store.open(store), opt.data_root(data, store)
-    made = make_plan(loaded.graph, place, data_root=root, capacity=cli_plan.capacity_of(on, place))
+    made = make_plan(graph, place, data_root=root, capacity=cli_plan.capacity_of(on, place))
     if json:
-        console.emit_json(console.finite({"pipeline": loaded.spec.name, "on": on, **made.to_json()}))
+        console.emit_json(console.finite({"pipeline": spec.name, "on": on, **made.to_json()}))
     else:
         cli_plan.show(made)
     made.require_feasible()
@@ -164,7 +200,7 @@ def resume(
     chosen = runs.resume(run, {**options, "on": where, "data": str(root.absolute())})
     if chosen.origin and not quiet:
         console.note(f"{chosen.origin} has ended; {chosen.id} continues it")
-    _drive(chosen, place, where, root, quiet, json)
+    drive_run(chosen, place, where, root, quiet, json)
 
 
 def cancel(

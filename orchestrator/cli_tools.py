@@ -116,7 +116,7 @@ def ui(
     from orchestrator import cli_ui
     from orchestrator.store import Store
 
-    cli_ui.serve(Store.open(store), port, start=not links, json=json)
+    cli_ui.serve(Store.open(store), port, start=not links, as_json=json)
 
 
 def gc(

@@ -1,8 +1,8 @@
 """Claims in an object store: who is making what, when the workers share nothing but ``s3://`` or ``gs://``.
 
-A claim is a small object that is written only if it is not there (a conditional write), with the name of its holder. The
-holder keeps one object of its own fresh, its beat; a claim whose holder's beat has been silent for a minute is void and
-may be taken over. Times are those of the store's clock.
+A claim is a small object that is written only if it is not there (a conditional write), with the name of its holder.
+The holder keeps one object of its own fresh, its beat; a claim whose holder's beat has been silent for a minute is void
+and may be taken over. Times are those of the store's clock.
 
 What an object store cannot give: a lock. A holder that is cut off and comes back after its claim was taken over goes on
 for at most one beat, and a server that ignores conditional writes lets two holders believe in themselves. Both cost
@@ -83,44 +83,25 @@ class Claims:
         except (ValueError, KeyError, TypeError):
             return None
 
-    def close(self) -> None:
-        """Give everything back and stop beating."""
-        with self._guard:
-            held, self._thread = list(self._held), None
-        for name in held:
-            self.release(name)
-        with suppress(MoepipeError):
-            self._blobs.remove(_beat(self.holder))
-
     def _alive(self, holder: str) -> bool:
         last = self._blobs.modified(_beat(holder))
         now = self._blobs.modified(_beat(self.holder))
         return last is not None and now is not None and now - last < self._silent_s
 
     def _begin(self) -> None:
-        """Beat once now, so that the store's clock is known, and go on in a thread."""
+        """Beat now, so that the store's clock is known, and go on in a thread as long as something is held."""
+        self._blobs.write(_beat(self.holder), b"{}")
         with self._guard:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._beat_on, name="moepipe-claims", daemon=True)
-                self._blobs.write(_beat(self.holder), b"{}")
                 self._thread.start()
-                return
-        self._blobs.write(_beat(self.holder), b"{}")
 
     def _beat_on(self) -> None:
-        me = threading.current_thread()
         while True:
             time.sleep(self._beat_s)
-            with self._guard:
-                if self._thread is not me:
-                    return
-                if not self._held:
-                    self._thread = None
-            with suppress(MoepipeError):
-                if self._thread is None:
-                    self._blobs.remove(_beat(self.holder))
-                    return
-                self._blobs.write(_beat(self.holder), b"{}")
+            if self._held:
+                with suppress(MoepipeError):
+                    self._blobs.write(_beat(self.holder), b"{}")
 
 
 def _place(name: str) -> str:

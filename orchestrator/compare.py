@@ -7,6 +7,7 @@ different data sets, protocols or selection rules are not put side by side unles
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -78,6 +79,8 @@ class Row:
         group: number of its setting in :attr:`Comparison.settings`.
         difference: to the baseline; None without one, or for the baseline itself.
         baseline: it is the baseline.
+        values: seed -> domain -> score.
+        shared: further runs that hold the same results, as hits.
     """
 
     id: str
@@ -91,11 +94,12 @@ class Row:
     difference: Difference | None = None
     baseline: bool = False
     values: dict[int, dict[str, float]] = field(default_factory=dict)
+    shared: list[str] = field(default_factory=list)
 
     @cached_property
     def runs(self) -> list[str]:
-        """Ids of its runs."""
-        return list(dict.fromkeys(item.run for item in self.observations))
+        """Ids of its runs, those included whose results are the same artifacts."""
+        return list(dict.fromkeys([*(item.run for item in self.observations), *self.shared]))
 
     @cached_property
     def seeds(self) -> list[int]:
@@ -309,35 +313,41 @@ def _rows(found: Sequence[Observation]) -> list[Row]:
         groups.setdefault((item.name, item.selection, item.setting, item.identity), []).append(item)
     rows = []
     for own in groups.values():
-        rows += [_row(part) for part in _split(own)]
+        rows += [_row(part, shared) for part, shared in _split(own)]
     _name(rows)
     return rows
 
 
-def _split(own: Sequence[Observation]) -> list[list[Observation]]:
-    """Seeds and held-out domains of one method; results that contradict each other are kept apart by run."""
+def _split(own: Sequence[Observation]) -> list[tuple[list[Observation], list[str]]]:
+    """Seeds and held-out domains of one method, and runs that hold the same results once more.
+
+    Results that contradict each other are kept apart by run.
+    """
     seen: dict[tuple[int, str], float] = {}
     clash = False
-    kept = []
+    kept: list[Observation] = []
+    shared: list[str] = []
     for item in own:
         places = {(item.seed, domain): score for domain, score in item.domains.items()}
         known = [place for place in places if place in seen]
         if len(known) == len(places) and all(seen[place] == places[place] for place in known):
-            continue  # the same artifact, a hit in another run
+            shared.append(item.run)  # a hit in another run
+            continue
         clash = clash or bool(known)
         seen.update(places)
         kept.append(item)
     if not clash:
-        return [kept]
+        return [(kept, shared)]
     parts: dict[str, list[Observation]] = {}
     for item in own:
         parts.setdefault(item.run, []).append(item)
-    return list(parts.values())
+    return [(part, []) for part in parts.values()]
 
 
-def _row(own: list[Observation]) -> Row:
+def _row(own: list[Observation], shared: list[str]) -> Row:
     first = own[0]
     row = Row(first.name, first.label, first.method, first.adaptation, first.selection, first.setting, own)
+    row.shared = shared
     for item in own:
         row.values.setdefault(item.seed, {}).update(item.domains)
     return row
@@ -348,17 +358,22 @@ def _name(rows: Sequence[Row]) -> None:
     settings = list(dict.fromkeys(row.setting for row in rows))
     rules = {row.selection for row in rows}
     namesakes: dict[tuple[str, str, Setting], list[Row]] = {}
+    flattened: dict[str, dict[str, str]] = {}
     for row in rows:
         namesakes.setdefault((row.id, row.selection, row.setting), []).append(row)
     for own in namesakes.values():
-        flat = [_flat(row) for row in own] if len(own) > 1 else [{}]
+        for row in own if len(own) > 1 else ():
+            if row.observations[0].identity not in flattened:
+                flattened[row.observations[0].identity] = _flat(row)
+        flat = [flattened.get(row.observations[0].identity, {}) for row in own]
         keys = list(dict.fromkeys(key for values in flat for key in values))
         varying = [key for key in keys if len({values.get(key) for values in flat}) > 1]
         suffixes = [_suffix(values, varying) for values in flat]
+        counts = Counter(suffixes)
         for row, suffix in zip(own, suffixes, strict=True):
             told = [letter(settings.index(row.setting))] if len(settings) > 1 else []
             told += [suffix] if suffix else []
-            if len(own) > 1 and (not suffix or suffixes.count(suffix) > 1):
+            if len(own) > 1 and (not suffix or counts[suffix] > 1):
                 told.append(f"run {row.runs[0].rsplit('-', 1)[-1]}")
             if told:
                 row.label = f"{row.label} [{', '.join(told)}]"
@@ -398,11 +413,11 @@ def _cell(values: Sequence[float]) -> Cell | None:
 
 def _test(rows: list[Row], options: Options) -> str:
     """Set the differences to the baseline; returns what it is called."""
-    chosen = _baselines(rows, options.baseline)
+    chosen, is_run = _baselines(rows, options.baseline)
     if not chosen:
         return ""
     predictions = Predictions() if _opens_predictions(rows, options) else None
-    partners = _Partners(chosen)
+    partners = _Partners(chosen, is_run)
     waiting: list[tuple[Row, Any]] = []
     for row in rows:
         row.baseline = any(row is one for one in chosen)
@@ -425,21 +440,19 @@ def _test(rows: list[Row], options: Options) -> str:
     return options.baseline or names.pop()
 
 
-def _baselines(rows: Sequence[Row], wanted: str) -> list[Row]:
-    """The rows that others are tested against: of one method, or of one run."""
+def _baselines(rows: Sequence[Row], wanted: str) -> tuple[list[Row], bool]:
+    """The rows that others are tested against: of one method, or (True) of one run."""
     if not wanted:
-        return [row for row in rows if row.method.lower() == "erm" and not row.adaptation]
+        return [row for row in rows if row.method.lower() == "erm" and not row.adaptation], False
     exact = [row for row in rows if wanted in (row.id, row.label)]
-    if exact:
-        return exact
-    named = [row for row in rows if wanted.lower() in _names(row)]
+    named = exact or [row for row in rows if wanted.lower() in _names(row)]
     if named:
-        return named
+        return named, False
     of_run = [row for row in rows if any(run.startswith(wanted) or run.endswith(f"-{wanted}") for run in row.runs)]
     if not of_run:
         names = {name for row in rows for name in (row.id, row.observations[0].name)}
         raise NotFoundError(f"There is no row or run {wanted!r} to compare with.", nearest(wanted, names))
-    return of_run
+    return of_run, True
 
 
 def _names(row: Row) -> set[str]:
@@ -452,13 +465,14 @@ class _Partners:
 
     Args:
         chosen: the baselines.
+        is_run: they are a run's, so that each method is compared with itself there.
     """
 
-    def __init__(self, chosen: Sequence[Row]) -> None:
+    def __init__(self, chosen: Sequence[Row], is_run: bool) -> None:
+        self._is_run = is_run
         self._able: dict[tuple[Setting, str], list[Row]] = {}
         for row in chosen:
             self._able.setdefault((row.setting, row.selection), []).append(row)
-        self._kinds = {place: {_kind(row) for row in able} for place, able in self._able.items()}
         self._by_run = {
             (place, run): row for place, able in self._able.items() for row in reversed(able) for run in row.runs
         }
@@ -470,8 +484,8 @@ class _Partners:
         if place not in self._able or row.baseline:
             return None
         same_kind = self._by_kind.get((place, _kind(row)))
-        if len(self._kinds[place]) > 1:
-            return same_kind  # the baseline is a run: each method is compared with itself there
+        if self._is_run:
+            return same_kind
         same_run = next((self._by_run[place, run] for run in row.runs if (place, run) in self._by_run), None)
         return same_run or same_kind or self._able[place][0]
 

@@ -16,6 +16,7 @@ from orchestrator.compare import AVERAGE, WORST, Cell, Comparison, Row, letter, 
 
 DASH = "–"
 TERMINAL_DOMAINS = 6
+TERMINAL_ROWS = 60
 _TITLES = {AVERAGE: "average", WORST: "worst domain"}
 
 

@@ -92,7 +92,8 @@ class Reader:
     def json(self, digest: str, name: str) -> dict[str, Any]:
         """A JSON file of an artifact (DataError when it is not there any more, or damaged)."""
         try:
-            found: dict[str, Any] = json.loads((self.folder(digest) / name).read_bytes())
+            text = (self.folder(digest) / name).read_bytes()
+            found: dict[str, Any] = json.loads(_without_rows(text))
             return found
         except (OSError, ValueError) as error:
             raise DataError(
@@ -316,6 +317,13 @@ _READERS: Mapping[str, Callable[[Reader, RunFacts, str], Iterator[Observation]]]
     "text_evaluate": _text_evaluate,
 }
 KINDS = tuple(_READERS)
+
+
+def _without_rows(text: bytes) -> bytes:
+    """An evaluation without the list of its rows, most of the file, which a table does not need."""
+    begin = text.find(b'\n "rows": [')
+    end = text.find(b"]", begin)
+    return text[:begin] + b'\n "rows": []' + text[end + 1 :] if 0 <= begin < end else text
 
 
 def _data(run: RunFacts, stage: str) -> tuple[str, str]:

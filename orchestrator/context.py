@@ -23,12 +23,14 @@ from typing import Any, Protocol
 
 from moe.errors import Interrupted, MoepipeError, RunFailed
 from orchestrator.artifacts import Artifact, canonical_json, disk_problem
+from orchestrator.cluster_courier import Courier
 from orchestrator.codedigest import code_digests
 from orchestrator.executors.base import Cause, Signal, Task
 from orchestrator.policies import classify
 from orchestrator.reporting import Emit, TaskReporter
 from orchestrator.stages.base import Member, StageBase
 from orchestrator.store import Store
+from orchestrator.system_metrics import SystemMetrics
 from workers.context import Input
 
 _LOCK_S = 0.2
@@ -210,10 +212,11 @@ def run_member(task: Task, emit: Emit, launcher: Launcher = run_here, stop: Call
     emit(Signal(task.node, "started", {"attempt": task.attempt, "pid": os.getpid()}))
     start = time.monotonic()
     try:
-        with _member_lock(store, task, reporter):
+        with _member_lock(store, task, reporter), SystemMetrics(reporter.samples), Courier(store, task) as courier:
             made = store.lookup(task.key)
             artifact = made or _produce(task, store, launcher, reporter)
             store.drop_scratch(task.key)
+            courier.finished = True
         reporter.flush()
         seconds = round(time.monotonic() - start, 3)
         data = {"digest": artifact.digest, "seconds": seconds, "reused": made is not None, "bytes": artifact.bytes}

@@ -17,11 +17,16 @@ from pydantic import BaseModel
 from moe.errors import SpecError, nearest
 from moe.registry import Registry
 from orchestrator.field_docs import FieldDoc, Presets, inside, model_fields, presets_of
-from orchestrator.spec import PipelineSpec, Resources, Retry, StageSpec, TrackingSpec
+from orchestrator.spec import PipelineSpec, PromotionSpec, Resources, Retry, StageSpec, TrackingSpec
 from orchestrator.stages.base import STAGES, StageBase
 from orchestrator.wiring import stage_for
 
-_BLOCKS: Mapping[str, type[BaseModel]] = {"resources": Resources, "retry": Retry, "tracking": TrackingSpec}
+_BLOCKS: Mapping[str, type[BaseModel]] = {
+    "resources": Resources,
+    "retry": Retry,
+    "tracking": TrackingSpec,
+    "promotion": PromotionSpec,
+}
 _CATALOGUES = {
     "datasets": Registry("workers.datasets", noun="dataset", entry_point="moepipe.datasets"),
     "algorithms": Registry("moe.algorithms", noun="algorithm", entry_point="moepipe.algorithms"),
@@ -147,7 +152,7 @@ def _ports(stage: StageBase[Any]) -> Iterator[FieldDoc]:
     for name, port in stage.inputs.items():
         amount = "one or more artifacts" if port.many else "one artifact"
         need = "optional" if port.optional else "required"
-        yield FieldDoc(name, f"{amount} of kind {port.kind}", need, "", port.doc)
+        yield FieldDoc(name, f"{amount} of kind {' or '.join((port.kind, *port.also))}", need, "", port.doc)
 
 
 def _catalogue(path: str, name: str, rest: list[str]) -> Explanation:

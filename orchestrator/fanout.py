@@ -90,7 +90,7 @@ def _node(
     inputs: dict[str, tuple[str, ...]],
 ) -> Node:
     parts = [stage, *([] if seed is None else [f"seed={seed}"]), *([member.name] if member.name else [])]
-    derived = None if seed is None else derive_seed(seed, stage, member.name)
+    derived = None if seed is None else derive_seed(seed, spec.seed_name or stage, member.name)
     return Node(
         "/".join(parts),
         stage,
@@ -103,6 +103,7 @@ def _node(
         spec.retry,
         spec.timeout_s,
         inputs,
+        spec.seed_name or "",
     )
 
 

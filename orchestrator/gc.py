@@ -29,6 +29,7 @@ class Garbage:
         damaged: artifacts whose bytes have changed, with what is wrong (only when asked to verify).
         keys: key records that point to nothing worth keeping.
         scratch: checkpoints of members that no kept run will continue, and half-written files of crashes.
+        copies: names of checkpoints in a store that is not a folder, as ``scratch``.
         bytes: of artifacts and scratch together.
         busy: runs that are running now; nothing is removed while there are any.
     """
@@ -38,6 +39,7 @@ class Garbage:
     damaged: dict[str, str] = field(default_factory=dict)
     keys: list[str] = field(default_factory=list)
     scratch: list[Path] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)
     bytes: int = 0
     busy: list[str] = field(default_factory=list)
 
@@ -76,6 +78,8 @@ def survey(store: Store, keep_last: int, verify: bool = False) -> Garbage:
     there = used - set(garbage.damaged)
     garbage.keys = sorted(record.key for record in store.records() if record.artifact not in there)
     garbage.scratch = sorted(_leftovers(store, unfinished))
+    if not store.is_local:
+        garbage.copies = [name for name in store.blobs.names("scratch") if name.split(".")[0] not in unfinished]
     garbage.bytes = sum(garbage.artifacts.values()) + sum(_folder_size(path) for path in garbage.scratch)
     return garbage
 
@@ -144,12 +148,14 @@ def collect(store: Store, garbage: Garbage) -> None:
         store.forget(key)
     for digest in garbage.artifacts:
         store.remove(digest)
+    for key in garbage.copies:
+        store.blobs.remove(f"scratch/{key}")
     for path in garbage.scratch:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
     for run in garbage.runs:
-        shutil.rmtree(store.folder / "runs" / run, ignore_errors=True)
+        RunStore(store).remove(run)
         for suffix in (".json", ".log", ".json.lock"):
             state_path(store, run).with_suffix(suffix).unlink(missing_ok=True)

@@ -20,6 +20,8 @@ from orchestrator.tracking_state import parse_node
 
 _SHOWN_CONFIG = 4
 _SHOWN_SIBLINGS = 3
+_LONG = 40
+_EMPTY = ("null", "{}", "[]", '""', "false")
 _DATA_FIELDS = ("dataset", "digest", "rows")
 
 
@@ -212,9 +214,10 @@ def _made(origin: Origin) -> str:
 
 def _details(origin: Origin) -> Iterator[str]:
     if origin.config:
-        shown = [f"{name}={value}" for name, value in list(origin.config.items())[:_SHOWN_CONFIG]]
-        more = len(origin.config) - len(shown)
-        yield f"config  {', '.join(shown)}{f' and {more} more' if more > 0 else ''}"
+        told = [(name, value) for name, value in origin.config.items() if value not in _EMPTY]
+        shown = [f"{name}={value if len(value) <= _LONG else value[:_LONG] + '...'}" for name, value in told]
+        more = len(origin.config) - len(shown[:_SHOWN_CONFIG])
+        yield f"config  {', '.join(shown[:_SHOWN_CONFIG])}{f' and {more} more' if more > 0 else ''}"
     if origin.code:
         yield f"code    {origin.code[:12]} over {origin.files} source files"
     for name, digest in origin.external.items():

@@ -33,6 +33,7 @@ class Node:
         retry: budgets by cause.
         timeout_s: seconds, or None.
         inputs: port -> ids of the nodes it reads, in listed and member order.
+        seed_name: name from which the seed derives; empty: the stage's.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Node:
     retry: Retry
     timeout_s: float | None
     inputs: Mapping[str, tuple[str, ...]]
+    seed_name: str = ""
 
     @property
     def name(self) -> str:

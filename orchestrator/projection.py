@@ -7,23 +7,33 @@ Applying the same events twice writes the same thing once.
 
 from __future__ import annotations
 
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from moe.errors import MoepipeError, NotFoundError
+from orchestrator.artifacts import Artifact
 from orchestrator.events import Event
 from orchestrator.graph import Graph
+from orchestrator.model_package import write_package
 from orchestrator.runs import Run
 from orchestrator.store import Store
 from orchestrator.tracking import Writer, connect
 from orchestrator.tracking_state import (
+    CANDIDATE,
+    CHAMPION,
     TrackingState,
     artifact_folder,
+    clean_key,
     experiment_name,
     flatten,
     parse_node,
     state_path,
 )
+from orchestrator.tracking_summary import description, summarise
 
 _REPORT_KIND = "report"
 _DATA_KIND = "data"
@@ -62,6 +72,7 @@ class Projection:
         self._open = {name: set(view.nodes) for name, view in graph.stages.items()}
         self._failed: set[str] = set()
         self._keys: dict[str, str] | None = None
+        self._prepared: tuple[str, str] | None = None
         named = (getattr(view.config, "dataset", None) for view in graph.stages.values())
         self._dataset = graph.spec.dataset or next((str(name) for name in named if name), "")
         for event, position in run.follow():
@@ -140,9 +151,31 @@ class Projection:
             if name and name not in self.state.ended:
                 self._end(name, status, event.time)
         tags = {"moepipe.hits": str(event.data.get("hits", 0)), "moepipe.status": str(event.data["status"])}
-        self.writer.tags(self.state.runs[""], tags)
+        self.writer.tags(self.state.runs[""], {**tags, **self._summary(event.time)})
         self._end("", status, event.time)
         self.state.complete = True
+
+    def _summary(self, when: float) -> dict[str, str]:
+        """Write the run's selected scores and costs; returns tags with what was held out, and the description."""
+        run = self.state.runs[""]
+        try:
+            summary = summarise(self.run, self.store)
+        except MoepipeError as error:
+            return {"mlflow.note.content": f"No summary: {error.message}"[:1000]}
+        self.writer.values(run, {clean_key(name): value for name, value in summary.metrics.items()}, when)
+        text = description(summary, self.run.id, run, self._pages(), self.graph.spec.description)
+        return {**summary.tags, "mlflow.note.content": text}
+
+    def _pages(self) -> list[str]:
+        """HTML reports among the files of the pipeline's run."""
+        found = []
+        for node, digest in self.run.artifacts().items():
+            stage = parse_node(node)[0]
+            with suppress(NotFoundError):
+                artifact = self.store.artifact(digest)
+                if artifact.kind == _REPORT_KIND:
+                    found += [f"{stage}/{name}" for name in artifact.files if name.endswith(".html")]
+        return found
 
     # ---- runs ------------------------------------------------------------------------------------------------------
 
@@ -176,11 +209,12 @@ class Projection:
             "moepipe.stage": node.stage,
             "moepipe.kind": node.kind,
             "moepipe.member": member,
-            "moepipe.algorithm": str(config.get("algorithm") or node.kind),
+            "moepipe.algorithm": _algorithm(config, node.kind),
             **({} if seed is None else {"moepipe.seed": str(seed)}),
         }
         if self._start(name, node_id, self._stage(node.stage, when), when, tags):
             own = {} if seed is None else {"seed": str(seed)}
+            self._member_data(name, config)
             self._params(name, {**own, **flatten(node.member.params, "member."), **flatten(config)})
         return name
 
@@ -242,16 +276,69 @@ class Projection:
         elif output == _REPORT_KIND:
             self.writer.files(run, self.store.local_path(artifact), stage)
         else:
-            name = str(artifact.meta.get("dataset") or self._dataset or stage)
-            self.writer.dataset(run, name, digest, stage)
+            self._prepared = _data_record(artifact, self._dataset or stage)
+            self.writer.dataset(run, *self._prepared, stage, _rows(artifact))
+
+    def _member_data(self, name: str, config: Mapping[str, Any]) -> None:
+        """The prepared data as an input of a member that says which splits it reads."""
+        splits = config.get("splits") or config.get("split")
+        if self._prepared is not None and splits:
+            context = splits if isinstance(splits, str) else ",".join(map(str, splits))
+            self.writer.dataset(self.state.runs[name], *self._prepared, context)
 
     def _register(self, event: Event, run: str, meta: Mapping[str, Any]) -> None:
-        """A version for the model that is deployed, if it wants a name; the alias is for the pipeline's first seed."""
+        """A version for the model that is deployed, if it wants a name; the alias is for the pipeline's first seed.
+
+        Where the pipeline declares a gate, only ``moepipe promote`` makes a champion.
+        """
         wanted = meta.get("registry")
         if wanted is None:
             return
         _, seed, _ = parse_node(event.node)
         tags = {"moepipe.run": self.run.id, "moepipe.node": event.node, "moepipe.dataset": str(meta["dataset"])}
-        version = self.writer.register(wanted["name"], str(meta["model"]), run, event.time, tags)
+        version = register(self.writer, self.store, str(wanted["name"]), str(meta["model"]), run, event.time, tags)
+        gated = self.graph.spec.promotion is not None and wanted["alias"] == CHAMPION
         if seed in (None, self.graph.spec.seeds[0]):
-            self.writer.point_alias(wanted["name"], wanted["alias"], version)
+            self.writer.point_alias(wanted["name"], CANDIDATE if gated else wanted["alias"], version)
+
+
+def register(
+    writer: Writer, store: Store, name: str, digest: str, run: str, when: float, tags: Mapping[str, str]
+) -> str:
+    """Version of a registered model for an artifact, with its files, signature and input example where they fit.
+
+    Args:
+        writer: where to.
+        store: where the artifact is; when it is gone, the version only names it.
+        name: in the registry.
+        digest: of the artifact.
+        run: MLflow run that it came from.
+        when: time of the deployment, in seconds.
+        tags: of a new version.
+    """
+    model = None
+    with suppress(NotFoundError), tempfile.TemporaryDirectory(prefix="moepipe-model-") as place:
+        artifact = store.artifact(digest)
+        folder = store.local_path(artifact)
+        package = write_package(folder, artifact.meta, digest, artifact.bytes, Path(place))
+        if package is not None:
+            model = writer.model(run, name, package)
+    return writer.register(name, digest, run, when, tags, model)
+
+
+def _algorithm(config: Mapping[str, Any], kind: str) -> str:
+    """Name of the algorithm in a member's config, or its stage's kind."""
+    named = config.get("algorithm")
+    if isinstance(named, Mapping):
+        named = named.get("name")
+    return str(named or kind)
+
+
+def _data_record(artifact: Artifact, name: str) -> tuple[str, str]:
+    """Name of a data set, and its digest: that of the rows where it is known."""
+    return str(artifact.meta.get("dataset") or name), str(artifact.meta.get("digest") or artifact.digest)
+
+
+def _rows(artifact: Artifact) -> dict[str, int]:
+    rows = artifact.meta.get("rows")
+    return {str(split): int(count) for split, count in rows.items()} if isinstance(rows, Mapping) else {}

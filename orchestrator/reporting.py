@@ -7,6 +7,7 @@ An object of this class travels to the first rank of a gang as well, so it holds
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class TaskReporter:
         self._stop = stop
         self._pending: dict[str, Any] | None = None
         self._sent = 0.0
+        self.samples: deque[tuple[dict[str, float], int]] = deque()  # of the process, taken by another thread
 
     def progress(self, done: int, total: int, **values: float) -> None:
         """At most five times a second something is sent, the newest state wins; scores (``val/...``) go at once."""
@@ -64,7 +66,9 @@ class TaskReporter:
             raise Interrupted(f"{self.node} was asked to stop.", "Its state up to the last checkpoint is kept.")
 
     def flush(self) -> None:
-        """Send the newest progress that has not been sent."""
+        """Send the newest progress that has not been sent, and what the process was seen to use."""
+        while self.samples:
+            self.metrics(*self.samples.popleft())
         if self._pending is not None:
             self._emit(Signal(self.node, "progress", self._pending))
             self._pending = None

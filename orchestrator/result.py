@@ -62,6 +62,16 @@ def describe(run: Run, graph: Graph, store: Store, driven: Driven) -> dict[str, 
     }
 
 
+def describe_sweep(run: Run, graph: Graph, store: Store, driven: Driven) -> dict[str, Any]:
+    """``sweep``: the values and scores of every point of ``--sweep``; nothing for a run without one."""
+    points = (run.info.get("options") or {}).get("sweep")
+    if not points:
+        return {}
+    from orchestrator.sweeping import sweep_table
+
+    return {"sweep": sweep_table(points, graph, driven.outcome.artifacts, store)}
+
+
 def describe_tracking(state: TrackingState | None) -> dict[str, Any] | None:
     """The part ``tracking`` of ``submit --json``."""
     if state is None:
@@ -81,6 +91,10 @@ def show(document: dict[str, Any]) -> None:
         table = Path(report["path"]) / TABLE
         if table.exists():
             console.say("", table.read_text(encoding="utf-8").rstrip(), "")
+    if document.get("sweep"):
+        from orchestrator.sweeping import table_lines
+
+        console.say("", *table_lines(document["sweep"]), "")
     hits = document["hits"]
     made = document["members"] - hits - len(document["failed"])
     console.say(f"{document['run']}: {document['status']}. {hits} hits, {made} made now.")

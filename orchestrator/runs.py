@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import threading
 import time
@@ -45,7 +46,8 @@ def _dump(value: Any) -> bytes:
     return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
-def _load(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """The content of a small file; None when it is not there or not JSON."""
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -69,7 +71,7 @@ class Run:
     @property
     def info(self) -> dict[str, Any]:
         """Of its making: ``id``, ``created`` (seconds since 1970), ``origin`` (or None), ``options``."""
-        return _load(self.path / "run.json") or {}
+        return read_json(self.path / "run.json") or {}
 
     @property
     def origin(self) -> str | None:
@@ -79,12 +81,12 @@ class Run:
 
     def plan(self) -> dict[str, Any] | None:
         """The plan as it was at the start."""
-        plan: dict[str, Any] | None = _load(self.path / "plan.json")
+        plan: dict[str, Any] | None = read_json(self.path / "plan.json")
         return plan
 
     def artifacts(self) -> dict[str, str]:
         """Node -> artifact digest, of an ended run."""
-        return _load(self.path / "artifacts.json") or {}
+        return read_json(self.path / "artifacts.json") or {}
 
     def events(self, start: int = 0) -> Iterator[Event]:
         """All events in order."""
@@ -102,7 +104,7 @@ class Run:
         if ended is not None:
             status: Status = ended.data["status"]
             return status
-        owner = _load(self.path / "owner.json")
+        owner = read_json(self.path / "owner.json")
         if owner is None:
             return "lost"
         with suppress(FileNotFoundError):
@@ -154,6 +156,10 @@ class Run:
         write_atomic(self.path / "artifacts.json", _dump(dict(artifacts)))
         return self.record("run-finished", status=status, artifacts=len(artifacts), **data)
 
+    def request_stop(self) -> None:
+        """Ask the process that drives the run to stop; it looks for this file."""
+        (self.path / "cancel").touch()
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Drive the run: one process at a time.
@@ -165,7 +171,7 @@ class Run:
         try:
             lock.acquire()
         except Timeout:
-            owner = _load(self.path / "owner.json") or {}
+            owner = read_json(self.path / "owner.json") or {}
             who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
             raise BusyError(
                 f"Run {self.id} is being worked on by {who}.",
@@ -212,6 +218,14 @@ class RunStore:
 
     def __init__(self, store: Store | Path) -> None:
         self.root = (store.folder if isinstance(store, Store) else store) / "runs"
+        self._remote = store if isinstance(store, Store) and not store.is_local else None
+
+    def _run(self, name: str) -> Run:
+        if self._remote is None:
+            return Run(self.root / name)
+        from orchestrator.cluster_record import StoredRun
+
+        return StoredRun(self.root / name, self._remote)
 
     def create(
         self,
@@ -219,6 +233,7 @@ class RunStore:
         plan: Jsonable | None = None,
         origin: str | None = None,
         options: Mapping[str, Any] | None = None,
+        name: str | None = None,
     ) -> Run:
         """Make a new run.
 
@@ -227,16 +242,17 @@ class RunStore:
             plan: the plan shown to the user, if any.
             origin: id of the ended run that this one resumes.
             options: how it was started (executor, address, data root), for ``resume``.
+            name: its id; default one made of the pipeline's name and the time.
         """
         now = time.time()
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))
-        path = self.root / f"{spec.name}-{stamp}-{secrets.token_hex(2)}"
+        path = self.root / (name or f"{spec.name}-{stamp}-{secrets.token_hex(2)}")
         write_atomic(path / "spec.json", spec.canonical().encode())
         write_atomic(path / "environment.json", _dump(environment()))
         info = {"id": path.name, "created": now, "origin": origin, "options": dict(options or {})}
         write_atomic(path / "run.json", _dump(info))
         (path / "logs").mkdir(exist_ok=True)
-        run = Run(path)
+        run = self._run(path.name)
         if plan is not None:
             run.save_plan(plan)
         return run
@@ -249,22 +265,32 @@ class RunStore:
         """
         ids = [run.id for run in self.list()]
         if name == "latest" and ids:
-            return Run(self.root / ids[0])
+            return self._run(ids[0])
         if name in ids:
-            return Run(self.root / name)
+            return self._run(name)
         matches = [run for run in ids if run.startswith(name)] if name else []
         if len(matches) == 1:
-            return Run(self.root / matches[0])
+            return self._run(matches[0])
         if matches:
             raise NotFoundError(f"{name!r} could be {len(matches)} runs.", f"Choose one of: {', '.join(matches[:5])}.")
         raise NotFoundError(f"There is no run {name!r} in {self.root}.", nearest(name, ids[:20]))
 
     def list(self) -> list[Run]:
         """All runs, newest first."""
+        if self._remote is not None:
+            from orchestrator.cluster_record import pull_index
+
+            pull_index(self._remote, self.root)
         if not self.root.is_dir():
             return []
-        runs = [Run(path) for path in self.root.iterdir() if (path / "run.json").exists()]
+        runs = [self._run(path.name) for path in self.root.iterdir() if (path / "run.json").exists()]
         return sorted(runs, key=lambda run: (run.info.get("created", 0.0), run.id), reverse=True)
+
+    def remove(self, name: str) -> None:
+        """Remove a run's record."""
+        shutil.rmtree(self.root / name, ignore_errors=True)
+        if self._remote is not None:
+            self._remote.blobs.remove(f"runs/{name}")
 
     def resume(self, name: str, options: Mapping[str, Any] | None = None) -> Run:
         """The run to execute when ``name`` is resumed: itself when it is lost, a new one when it ended.

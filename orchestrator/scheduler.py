@@ -15,12 +15,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from filelock import FileLock
-
 from moe.errors import InfeasibleError, MoepipeError, RunFailed
 from orchestrator.admission import Admission
 from orchestrator.cache import KeyMaker
 from orchestrator.capacity import rank_demand
+from orchestrator.cluster_claims import Releases
 from orchestrator.executors.base import Cause, Executor, Signal
 from orchestrator.frontier import Frontier, Inputs
 from orchestrator.graph import Graph
@@ -40,7 +39,7 @@ _BUSY_S = 0.5
 class _Flight:
     """A node that the executor has."""
 
-    lock: FileLock
+    lock: Releases
     key: Key
     started: float | None = None
     timed_out: bool = False

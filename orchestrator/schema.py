@@ -159,7 +159,7 @@ def _port(port: Port) -> Json:
     many = {"type": "array", "items": {"$ref": "#/$defs/stageReference"}, "minItems": 1}
     if not port.many:
         many["maxItems"] = 1
-    flags = f"{'one or more artifacts' if port.many else 'one artifact'} of kind {port.kind}"
+    flags = f"{'one or more artifacts' if port.many else 'one artifact'} of kind {' or '.join((port.kind, *port.also))}"
     text = f"{port.doc} ({flags}{', optional' if port.optional else ''})".strip()
     return {"anyOf": [{"$ref": "#/$defs/stageReference"}, _REFERENCE, many], "description": text}
 

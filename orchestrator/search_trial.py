@@ -23,7 +23,6 @@ from orchestrator.spec import Retry
 from orchestrator.stages.base import STAGES, Member, StageBase, StageConfig
 from orchestrator.stages.search import SearchConfig
 from orchestrator.store import Key, Store
-from workers.context import run_seed
 from workers.search_space import SEED, Values
 
 State = Literal["done", "failed", "stopped", "interrupted"]
@@ -68,16 +67,9 @@ class TrialMaker:
         """The wrapped stage."""
         return self.config.wrapped()
 
-    @property
-    def name(self) -> str:
-        """Stage name from which seeds derive."""
-        return self.config.stage.name or self.task.node.partition("/")[0]
-
     def seed(self, replicate: int) -> int:
         """Seed of a run; the first is that of the ordinary stage."""
-        base = run_seed(self.task.member_path)
-        stage = self.name if replicate == 0 else f"{self.name}/replicate={replicate}"
-        return derive_seed(base if self.stage.per_seed else 0, stage, self.task.member)
+        return derive_seed(self.task.seed, "run", str(replicate)) if replicate else self.task.seed
 
     def member(self, config: StageConfig) -> Member:
         """The wrapped stage's member of the search's name."""
@@ -95,11 +87,11 @@ class TrialMaker:
             self._code[modules] = code_parts(self.config.stage.kind, config)
         node = Node(
             id=task.node,
-            stage=self.name,
+            stage=task.node.partition("/")[0],
             kind=self.config.stage.kind,
             member=self.member(config),
             seed=self.seed(replicate),
-            seed_index=run_seed(task.member_path),
+            seed_index=None,
             config=config,
             resources=task.resources,
             retry=Retry(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moe.errors import SpecError
 
@@ -69,6 +69,49 @@ class TrackingSpec(_Model):
     experiment: str | None = Field(default=None, description="MLflow experiment; null: the pipeline's name.")
 
 
+class Condition(_Model):
+    """One condition that a run must meet to be promoted; the numbers are those of `moepipe compare RUN`."""
+
+    method: str = Field(description="Row of the comparison, e.g. student_distill, or erm_tent.")
+    metric: str = Field(
+        default="avg",
+        description="avg, worst, a domain, another score (macro_f1 ...), seeds, parameters, active_parameters, flops, "
+        "latency_ms or device_hours; scores are shares (0.8, not 80).",
+    )
+    at_least: float | None = Field(default=None, description="Lowest value allowed.")
+    at_most: float | None = Field(default=None, description="Highest value allowed.")
+    baseline: str | None = Field(
+        default=None, description="Another row, or champion (the same row of the run whose model is champion now)."
+    )
+    margin: float = Field(default=0.0, description="Lead over the baseline that is needed; may be negative.")
+    significant: bool = Field(
+        default=False, description="The lead must be marked as significant (paired bootstrap, Holm's correction)."
+    )
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Condition:
+        if self.at_least is None and self.at_most is None and self.baseline is None:
+            raise ValueError("a condition needs at_least, at_most or baseline")
+        if self.significant and (self.baseline is None or self.metric != "avg"):
+            raise ValueError("significant needs a baseline, and the metric avg")
+        return self
+
+
+class PromotionSpec(_Model):
+    """What `moepipe promote RUN` demands before a model becomes champion."""
+
+    model: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="Name in the registry; null: what the deploy stage's register_as says.",
+    )
+    stage: str | None = Field(
+        default=None,
+        description="Stage whose model is promoted (of the first seed); null: what the deploy stage names.",
+    )
+    conditions: list[Condition] = Field(min_length=1, description="All of them must hold.")
+
+
 class StageSpec(_Model):
     """One stage of the pipeline."""
 
@@ -89,6 +132,11 @@ class StageSpec(_Model):
     )
     timeout_s: float | None = Field(
         default=None, gt=0, description="Seconds after which a member is stopped; null: never."
+    )
+    seed_name: StageName | None = Field(
+        default=None,
+        description="Name from which seeds derive; stages that agree in it, kind, config and inputs share artifacts. "
+        "null: the stage's own name.",
     )
 
 
@@ -114,6 +162,7 @@ class PipelineSpec(_Model):
     )
     params: dict[str, Any] = Field(default_factory=dict, description="Your own variables, for ${params.NAME}.")
     tracking: TrackingSpec = Field(default_factory=TrackingSpec, description="Mirror to MLflow.")
+    promotion: PromotionSpec | None = Field(default=None, description="The gate of `moepipe promote`.")
     stages: dict[StageName, StageSpec] = Field(min_length=1, description="The stages by name.")
 
     def canonical(self) -> str:

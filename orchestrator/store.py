@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
@@ -37,6 +37,9 @@ from orchestrator.artifacts import (
     size_problem,
 )
 from orchestrator.blobs import Blobs, LocalBlobs, write_atomic
+
+if TYPE_CHECKING:
+    from orchestrator.cluster_claims import Claims, Releases
 
 DEFAULT_URL = "./.moepipe"
 
@@ -91,6 +94,7 @@ class Store:
         self.blobs = blobs
         self.folder = folder
         self.is_local = local
+        self._claims: Claims | None = None
 
     @staticmethod
     def open(url: str | Path = DEFAULT_URL, cache: Path | None = None) -> Store:
@@ -292,8 +296,19 @@ class Store:
                 shutil.rmtree(self.folder / "scratch" / f"{digest}{suffix}")
         (self.folder / "scratch" / f"{digest}.stop").unlink(missing_ok=True)
 
-    def try_lock(self, key: Key | str, role: str = "flight") -> FileLock | None:
-        """Take the lock of ``key`` when nobody holds it, else None. ``release()`` it; it also ends with the process."""
+    def claims(self) -> Claims:
+        """This process's claims, for stores that are not folders."""
+        if self._claims is None:
+            from orchestrator.cluster_claims import Claims
+
+            self._claims = Claims(self.blobs)
+        return self._claims
+
+    def try_lock(self, key: Key | str, role: str = "flight") -> Releases | None:
+        """Take the lock of ``key`` when nobody holds it, else None. ``release()`` it; it also ends with the process.
+
+        In a store that is not a folder ``flight`` holds among machines too (:mod:`orchestrator.cluster_claims`).
+        """
         digest = check_digest(key if isinstance(key, str) else key.digest)
         _make_folder(self.folder / "locks")
         lock = FileLock(str(self.folder / "locks" / f"{digest}.{role}"), timeout=0)
@@ -301,7 +316,14 @@ class Store:
             lock.acquire()
         except Timeout:
             return None
-        return lock
+        if self.is_local or role != "flight":
+            return lock
+        from orchestrator.cluster_claims import Claim
+
+        if not self.claims().take(digest):
+            lock.release()
+            return None
+        return Claim(self.claims(), digest, lock)
 
     @contextmanager
     def lock(self, key: Key | str, role: str = "flight") -> Iterator[None]:

@@ -162,7 +162,7 @@ def drive(run: Run, graph: Graph, store: Store, executor: Executor, data_root: P
 
 def cancel(run: Run, wait_s: float) -> str:
     """Ask a running run to stop and wait for it; returns its status then."""
-    cancel_flag(run).touch()
+    run.request_stop()
     deadline = time.monotonic() + wait_s
     while run.status == "running" and time.monotonic() < deadline:
         time.sleep(0.2)

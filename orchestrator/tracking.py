@@ -6,6 +6,7 @@ by their tags, and MLflow keeps one of two equal points.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -16,16 +17,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 from filelock import FileLock
 
 from moe.errors import EnvironmentProblem
+from orchestrator.model_package import Package
 from orchestrator.tracking_state import MAX_METRIC_KEYS, MAX_PARAMS, clean_key
+from orchestrator.ui_views import TAG, encode, view_state
 
 _BATCH = 1000
 _MAX_TAG = 5000
 _MAX_DIGEST = 36
 _FOUND_AT_ONCE = 5000
+_VIEWED = 20
 _DEPLOYED = "moepipe.deployed"
+_FLOAT = np.dtype("float32")
 
 
 def connect(uri: str) -> Any:
@@ -73,6 +79,18 @@ def _probe(uri: str) -> None:
         raise EnvironmentProblem(
             f"MLflow at {uri} does not answer: {error.strerror or error}.", "Start it, or unset MLFLOW_TRACKING_URI."
         ) from None
+
+
+def save_view(client: Any, experiment: str) -> str:
+    """Keep a view of an experiment's last pipeline runs in MLflow; returns its key, empty without runs."""
+    query = "tags.`moepipe.type` = 'pipeline'"
+    found = client.search_runs([experiment], query, max_results=_VIEWED, order_by=["attributes.start_time DESC"])
+    runs = [(run.data.metrics, run.data.params) for run in found]
+    if not runs:
+        return ""
+    key, text = encode(view_state(runs))
+    client.set_experiment_tag(experiment, f"{TAG}{key}", text)
+    return key
 
 
 class Writer:
@@ -149,14 +167,52 @@ class Writer:
         """Attach all files of a folder below ``name``."""
         self._client.log_artifacts(run, str(folder), name)
 
-    def dataset(self, run: str, name: str, digest: str, context: str) -> None:
-        """Record a data set as an input of a run."""
+    def dataset(self, run: str, name: str, digest: str, context: str, rows: Mapping[str, int] | None = None) -> None:
+        """Record a data set as an input of a run: ``context`` says what for, ``rows`` how many by split."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        source = Dataset(name, digest[:_MAX_DIGEST], "moepipe", f"artifact {digest}")
+        profile = json.dumps(dict(rows)) if rows else None
+        source = Dataset(name, digest[:_MAX_DIGEST], "moepipe", f"artifact {digest}", profile=profile)
         self._client.log_inputs(run, [DatasetInput(source, [InputTag("mlflow.data.context", context)])])
 
-    def register(self, name: str, digest: str, run: str, when: float, tags: Mapping[str, str]) -> str:
+    def values(self, run: str, values: Mapping[str, float], when: float) -> None:
+        """Write single numbers now, over what stood there."""
+        for key, value in values.items():
+            self.point(run, key, value, 0, when)
+        self.flush()
+
+    def model(self, run: str, name: str, package: Package) -> str:
+        """Log a model with its signature and input example; returns its id (the same for one that is there)."""
+        from mlflow import pyfunc
+        from mlflow.models import Model, ModelSignature
+        from mlflow.types.schema import Schema, TensorSpec
+
+        digest = str(package.metadata["artifact"])
+        known = self._client.search_logged_models(
+            [self.experiment], filter_string=f"tags.`moepipe.artifact` = '{digest}'", max_results=1
+        )
+        if known:
+            return str(known[0].model_id)
+        tags = {"moepipe.artifact": digest}
+        logged = self._client.create_logged_model(self.experiment, name, run, tags, model_type="moepipe")
+        shapes = [Schema([TensorSpec(_FLOAT, shape)]) for shape in (package.inputs, package.outputs)]
+        record = Model(
+            run_id=run,
+            model_id=logged.model_id,
+            signature=ModelSignature(*shapes),
+            saved_input_example_info={"artifact_path": "input_example.json", "type": "ndarray", "format": "tf-serving"},
+            metadata=dict(package.metadata),
+        )
+        pyfunc.add_to_model(record, "orchestrator.model_package", data="data", python_env="python_env.yaml")
+        (package.folder / "python_env.yaml").write_text("dependencies:\n- -r requirements.txt\n")
+        record.save(str(package.folder / "MLmodel"))
+        self._client.log_model_artifacts(logged.model_id, str(package.folder))
+        self._client.finalize_logged_model(logged.model_id, "READY")
+        return str(logged.model_id)
+
+    def register(
+        self, name: str, digest: str, run: str, when: float, tags: Mapping[str, str], model: str | None = None
+    ) -> str:
         """Version of the model ``name`` that stands for an artifact; made when there is none yet.
 
         Args:
@@ -165,6 +221,7 @@ class Writer:
             run: MLflow run that it came from.
             when: kept as tag ``moepipe.deployed``, in seconds; the later of two times stays.
             tags: further tags of a new version.
+            model: id of the logged model with its files; None: the version only points to the store.
         """
         with suppress(Exception):  # it exists already; the next line finds out
             self._client.create_registered_model(name)
@@ -172,7 +229,8 @@ class Writer:
         found = self._version_of(name, digest)
         if found is None:
             own = {**tags, "moepipe.artifact": digest, _DEPLOYED: repr(when)}
-            made = self._client.create_model_version(name, f"moepipe:/artifacts/{digest}", run_id=run, tags=own)
+            source = f"models:/{model}" if model else f"moepipe:/artifacts/{digest}"
+            made = self._client.create_model_version(name, source, run_id=run, tags=own, model_id=model)
             return str(made.version)
         if when > _time_of(found):
             self._client.set_model_version_tag(name, found.version, _DEPLOYED, repr(when))
@@ -188,6 +246,20 @@ class Writer:
                 return False
         self._client.set_registered_model_alias(name, alias, version)
         return True
+
+    def holder(self, name: str, alias: str) -> tuple[str, Mapping[str, str]] | None:
+        """The version that ``alias`` means, and its tags; None when there is none."""
+        try:
+            version = self._client.get_model_version_by_alias(name, alias)
+        except Exception:  # neither the model nor the alias has to exist
+            return None
+        return str(version.version), dict(version.tags)
+
+    def promote(self, name: str, alias: str, version: str, tags: Mapping[str, str]) -> None:
+        """Let ``alias`` mean ``version`` from now on, and say on it why."""
+        for key, value in tags.items():
+            self._client.set_model_version_tag(name, version, key, value[:_MAX_TAG])
+        self._client.set_registered_model_alias(name, alias, version)
 
     def _version_of(self, name: str, digest: str) -> Any:
         query = f"name = '{name}' and tag.`moepipe.artifact` = '{digest}'"

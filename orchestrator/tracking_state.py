@@ -19,6 +19,7 @@ from orchestrator.blobs import write_atomic
 from orchestrator.spec import PipelineSpec
 from orchestrator.store import Store
 
+CHAMPION, CANDIDATE = "champion", "candidate"
 MAX_PARAMS = 100
 MAX_METRIC_KEYS = 60
 _MAX_KEY = 250

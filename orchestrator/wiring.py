@@ -105,7 +105,9 @@ def _stage_problems(draft: Draft, drafts: Mapping[str, Draft]) -> Iterator[LintP
     for port, declared in stage.inputs.items():
         if not declared.optional and not draft.inputs.get(port):
             path = ("stages", draft.name, "inputs", port)
-            makers = [d.name for d in drafts.values() if d.stage and d.stage.output == declared.kind and d is not draft]
+            makers = [
+                d.name for d in drafts.values() if d.stage and declared.accepts(d.stage.output) and d is not draft
+            ]
             hint = f"{declared.doc} Stages that make one: {', '.join(makers[:6]) or 'none'}.".strip()
             yield LintProblem(
                 "missing-port", path, f"is missing; it takes an artifact of kind {declared.kind!r}.", hint
@@ -130,8 +132,8 @@ def _port_problems(
             yield LintProblem("unknown-input", spot, f"there is no stage {name!r}.", nearest(name, drafts))
             continue
         maker = drafts[name].stage
-        if maker is not None and maker.output != port.kind:
-            makers = [d.name for d in drafts.values() if d.stage and d.stage.output == port.kind]
+        if maker is not None and not port.accepts(maker.output):
+            makers = [d.name for d in drafts.values() if d.stage and port.accepts(d.stage.output)]
             hint = f"Stages that make {port.kind!r}: {', '.join(makers) or 'none'}."
             text = f"takes an artifact of kind {port.kind!r}, but {name!r} makes {maker.output!r}."
             yield LintProblem("kind-mismatch", spot, text, hint)

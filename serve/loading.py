@@ -159,6 +159,11 @@ def _parts(artifact: Artifact, folder: Path, store: Store | None, name: str) -> 
             f"Artifact {artifact.digest[:12]} is of kind {artifact.kind!r}, which cannot be served.",
             f"Serve one of kind {' or '.join(_SERVABLE)}.",
         )
+    if artifact.kind == "jetpack_run" and not (folder / MODEL_FILE).is_file():
+        raise NotFoundError(
+            f"Artifact {artifact.digest[:12]} keeps no weights.",
+            "Set save_model: true in the jetpack_train stage that made it.",
+        )
     meta = dict(artifact.meta)
     class_names = meta.get("class_names", ())
     if artifact.kind == BUNDLE:

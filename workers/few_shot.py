@@ -11,11 +11,9 @@ neural attentive circuits (2210.08031), repeated augmentation (Hoffer et al., 19
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +22,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from moe.errors import DataError, SpecError, nearest
+from workers.datasets._class_lists import class_lists
 
 IntArray = NDArray[np.int64]
 Protocol = Literal["disjoint", "official"]
@@ -133,11 +132,10 @@ def class_names(name: str) -> list[str]:
         from timm.data import ImageNetInfo
 
         return sorted(ImageNetInfo("imagenet-1k").label_names())
-    file = resources.files("workers.datasets").joinpath("assets/class_lists.json")
-    lists: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8"))
+    lists = class_lists()
     if name not in lists:
         raise SpecError(f"There is no class list named {name!r}.", nearest(name, ["imagenet-1k", *lists]))
-    return sorted(lists[name])
+    return list(lists[name])
 
 
 def class_subset(base: str, names: Sequence[str]) -> IntArray:

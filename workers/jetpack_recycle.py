@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe.backbones import check_state
-from moe.conversion.recycle.convnext import convnext_lists, cut_convnext
+from moe.backbones import build_classifier, check_state
+from moe.conversion.recycle.convnext import check_convnext_sizes, convnext_lists, cut_convnext
 from moe.conversion.recycle.dense import recycle_dense
-from moe.conversion.recycle.recycle import recycle
+from moe.conversion.recycle.recycle import check_sizes, recycle
 from moe.errors import SpecError
 from moe.jet_specs import JetConvNeXtSpec
 from moe.jetpack_specs import JetViTSpec
@@ -31,11 +31,27 @@ from workers.device import setup
 from workers.jetpack_settings import RecycleSettings, Start
 from workers.jetpack_statistics import dense_network, merged_statistics, network_digest
 from workers.loop import mix
-from workers.method_networks import FORM_OF, jet_network
+from workers.method_networks import FORM_OF, backbone_record, jet_network
 from workers.modelfile import MODEL_FILE, save_tensors
 from workers.weight_files import read_state
 
 State = Mapping[str, Tensor]
+
+
+def _check_sizes(settings: RecycleSettings) -> None:
+    """Every member refuses sizes that do not fit, also one that is not recycled: else it would be trained in vain.
+
+    Raises:
+        CheckpointError: some start is recycled, and the successor cannot be cut out of the predecessor.
+    """
+    used = [start.recycle for start in settings.starts.values() if start.recycle is not None]
+    if not used:
+        return
+    with torch.device("meta"):
+        source = build_classifier(settings.predecessor, 1).state_dict()
+        target = build_jet_network(settings.network(Start()), 1).state_dict()
+    check = check_convnext_sizes if isinstance(settings.model, JetConvNeXtSpec) else check_sizes
+    check(source, target, used[0].depth)
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,7 @@ def recycle_member(settings: RecycleSettings, name: str, start: Start, context: 
     data = open_data(context.inputs["data"][0], context.data_root)
     if data.info.task != "multiclass":
         raise SpecError(f"{data.info.name} is a {data.info.task} task.", "MoE Jetpack trains classifiers of classes.")
+    _check_sizes(settings)
     spec, seed = settings.network(start), run_seed(context.member)
     network = fresh_network(spec, data.info.num_outputs, seed)
     if start.weights is not None:
@@ -77,6 +94,7 @@ def recycle_member(settings: RecycleSettings, name: str, start: Start, context: 
     context.log(f"start {name!r}, {start.network}: tensors {parts}")
     return {
         "form": FORM_OF[type(spec)],
+        **backbone_record(spec),
         "start": name,
         "network": start.network,
         "select": None if start.recycle is None else start.recycle.select,

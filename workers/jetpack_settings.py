@@ -146,7 +146,7 @@ class RecycleSettings(_Settings):
             return model
         convnext = isinstance(model, JetConvNeXtSpec)
         if start.network == "dense":
-            none: dict[str, Any] = {"stage_experts": {}} if convnext else {"shared_layers": {}, "shared_queries": {}}
+            none: dict[str, Any] = {"stage_experts": ()} if convnext else {"shared_layers": {}, "shared_queries": {}}
             return model.model_copy(update={"moe": None, "moe_layers": (), **none})
         common = {name: getattr(moe, name) for name in ("compress_ratio", "drop", "drop_act", "drop_path")}
         if isinstance(model, JetConvNeXtSpec):
@@ -154,7 +154,7 @@ class RecycleSettings(_Settings):
                 stage: self.soft_experts or model.tokens(stage) for stage in map(model.stage_of, model.moe_layers)
             }
             soft = SoftMoESpec(num_experts=1, expert_init=moe.expert_init, **common)
-            counts = {stage: (experts, 0) for stage, experts in stages.items()}
+            counts = tuple((stages[stage], 0) if stage in stages else None for stage in range(len(model.depths)))
             return model.model_copy(update={"moe": soft, "stage_experts": counts})
         tokens = (model.image_size // model.patch_size) ** 2 + int(model.class_token) + model.reg_tokens
         soft = SoftMoESpec(num_experts=self.soft_experts or tokens, expert_init=moe.expert_init, **common)
@@ -192,6 +192,11 @@ class RecipeSettings(_Settings):
     evaluate_every: int = Field(default=100, ge=1, description="updates between points of the curve")
     eval_batch_size: int = Field(default=128, ge=1, description="images per forward pass of evaluations")
     normalisation: Normalisation | None = Field(default=None, description="of the images; null: the set's own")
+    evaluate_on: Literal["whole", "centre"] = Field(
+        default="whole",
+        description="whole: images resized to a square; centre: short edge to 8/7 of the side (256 for 224), then the "
+        "centre, bicubic (released)",
+    )
     save_model: bool | tuple[str, ...] = Field(
         default=True, description="keep the fine-tuned weights; a list of starts: of these alone"
     )
@@ -225,7 +230,7 @@ def family_of(spec: BackboneSpec, what: str) -> Literal["vit", "convnext"]:
     if spec.name != "vit_small_focus" and not spec.name.startswith("timm:"):
         raise ValueError(
             f"the {what} {spec.name!r} is not a vision transformer or ConvNeXt; recycling knows vit_small_focus, "
-            "timm:vit_... and timm:convnext_...."
+            "timm:vit_* and timm:convnext_*."
         )
     if spec.gmoe is not None or spec.first_block is not None:
         raise ValueError(f"the {what} must be whole and dense; leave gmoe and first_block out.")

@@ -35,7 +35,7 @@ from workers.loop import FitResult, LoopSpec, every, fit, mix
 from workers.modelfile import MODEL_FILE, save_tensors
 from workers.sampling import EpochSampler
 from workers.train_model import evaluate_rows
-from workers.transforms import transform_for
+from workers.transforms import Transform, transform_for
 
 CURVE = "curve.json"
 
@@ -83,6 +83,7 @@ def train_member(settings: RecipeSettings, context: Context) -> dict[str, Any]:
     kept = ("form", "start", "network", "select", "spec", "model", "num_outputs", "dataset", "origin", "parameters")
     return {
         **{name: meta[name] for name in kept},
+        **{name: meta[name] for name in ("backbone", "feature_dim", "image_size") if name in meta},
         "seed": run.seed,
         "metric": data.info.selection_metric,
         "steps": result.steps,
@@ -122,6 +123,10 @@ class _Run:
         self.transform = transform_for(
             data.info, spec.image_size, train=False, normalisation=settings.normalisation, channels=spec.channels
         )
+        if settings.evaluate_on == "centre":
+            self.transform = Transform(
+                self.transform.spec.model_copy(update={"short_edge": round(spec.image_size * 8 / 7)})
+            )
         self.images = TrainingImages(data, self.transform, settings.augment)
         self.reader = ImageReader(data.images, self.transform)
         self.sampler = EpochSampler(self.rows, settings.batch_size, mix(self.seed, 41))

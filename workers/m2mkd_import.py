@@ -20,11 +20,8 @@ from moe.keymaps.m2mkd import check_weights, from_official, read_module_file, re
 from moe.models.vit_specs import ViTSpec
 from moe.models.vit_stages import ViTStages
 from workers.m2mkd_files import State, form_of, renumbered
-from workers.m2mkd_settings import PACKAGED
+from workers.m2mkd_settings import PACKAGED, PACKAGED_DEPTH, packaged_problem
 from workers.modelfile import load_tensors
-
-PACKAGED_DEPTH = 12
-"""Blocks of the packaged ViT."""
 
 
 def take_network(
@@ -132,13 +129,9 @@ def packaged_state(spec: ViTSpec, data_root: Path) -> State:
     from workers.onnx_weights import vit_small_state
     from workers.packaged_weights import require
 
-    shape = (spec.dim, spec.heads, spec.depth, spec.patch_size, spec.channels, spec.mlp_ratio, spec.qkv_bias)
-    if shape != (384, 6, PACKAGED_DEPTH, 14, 3, 4.0, True):
-        raise CheckpointError(
-            f"{PACKAGED} has width 384, 6 heads, 12 blocks and patches of 14 pixels; the settings say "
-            f"{spec.dim}, {spec.heads}, {spec.depth} (depths {spec.depths}) and {spec.patch_size}.",
-            "Depths must add up to 12, e.g. [3, 3, 3, 3].",
-        )
+    problem = packaged_problem(spec)
+    if problem:
+        raise CheckpointError(problem, "Depths must add up to 12, e.g. [3, 3, 3, 3].")
     state = vit_small_state(require(PACKAGED, data_root), spec.image_size)
     for block in range(spec.depth):
         for scale, layer in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):

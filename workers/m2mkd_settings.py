@@ -13,12 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moe.algorithms.m2mkd import PRESETS, Config, Method
 from moe.errors import SpecError, nearest
-from moe.models.vit_specs import student_specs
+from moe.models.vit_specs import ViTSpec, student_specs
 from workers.context import Input
 from workers.overlay import overlay
 
 PACKAGED = "vit_small_focus"
 """In place of a path: the pretrained ViT-S/14 that a Python package carries."""
+
+PACKAGED_DEPTH = 12
+"""Its blocks."""
 
 # What decides a member's result, by phase; `cache` is what a frozen meta model and teacher say.
 _PARTS: dict[str, tuple[str, ...]] = {
@@ -111,6 +114,17 @@ def check_method(config: Config) -> Config:
     except SpecError as error:
         raise ValueError(str(error)) from None
     return config
+
+
+def packaged_problem(spec: ViTSpec) -> str:
+    """Why the packaged ViT-S/14 does not fit a network's settings; empty when it does."""
+    shape = (spec.dim, spec.heads, spec.depth, spec.patch_size, spec.channels, spec.mlp_ratio, spec.qkv_bias)
+    if shape == (384, 6, PACKAGED_DEPTH, 14, 3, 4.0, True):
+        return ""
+    return (
+        f"{PACKAGED} has width 384, 6 heads, 12 blocks and patches of 14 pixels of 3 channels; the settings say "
+        f"{spec.dim}, {spec.heads}, {spec.depth} (depths {spec.depths}), {spec.patch_size} and {spec.channels}."
+    )
 
 
 def relevant(config: Config, phase: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moe.errors import CheckpointError, NotFoundError
 from moe.jet_specs import JetConvNeXtSpec, jet_spec
 from moe.jetpack_specs import JetViTSpec
+from moe.specs import BackboneSpec
 
 FORM_OF: Mapping[type, str] = {JetViTSpec: "jetvit", JetConvNeXtSpec: "jetconvnext"}
 """Record of a network of MoE Jetpack -> form of its artifacts."""
@@ -21,6 +22,20 @@ if TYPE_CHECKING:
     from torch import nn
 
     from moe.student import Student
+
+
+def backbone_record(spec: JetViTSpec | JetConvNeXtSpec) -> dict[str, Any]:
+    """What an artifact of MoE Jetpack says about itself so that other stages can go on with it; ConvNeXts cannot.
+
+    The noise that ``parity: official`` adds in evaluation is left out: a network that is adapted or distilled has to
+    give one answer.
+    """
+    if not isinstance(spec, JetViTSpec):
+        return {}
+    if spec.moe is not None:
+        spec = spec.model_copy(update={"moe": spec.moe.model_copy(update={"noise_in_eval": False})})
+    backbone = BackboneSpec(name="jetvit", channels=spec.channels, image_size=spec.image_size, jetvit=spec)
+    return {"backbone": backbone.model_dump(mode="json"), "feature_dim": spec.dim, "image_size": spec.image_size}
 
 
 def method_student(folder: Path, meta: Mapping[str, Any]) -> Student:

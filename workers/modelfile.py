@@ -132,11 +132,11 @@ def load_student(folder: Path, meta: Mapping[str, Any], moe: StudentMoESpec | No
     from workers.engines.torch import load_strict
     from workers.method_networks import FORMS, method_student
 
-    if meta["form"] in FORMS:
+    if "backbone" not in meta and meta["form"] in FORMS:
         return method_student(folder, meta)
     stored = None if meta.get("moe") is None else StudentMoESpec(**meta["moe"])
     spec, tensors = _backbone(meta), load_tensors(folder / MODEL_FILE)
-    if meta["form"] == "classifier":
+    if meta["form"] != "student":
         tensors = classifier_to_student(spec, tensors)
     student = build_student(spec, int(meta["num_outputs"]), moe=stored or moe)
     if stored is None and moe is not None:

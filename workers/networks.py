@@ -61,6 +61,20 @@ def groups_of(method: Algorithm[Any], module: nn.Module) -> list[ParamGroup]:
     return [ParamGroup(g.name, g.parameters, g.lr, g.weight_decay) for g in method.param_groups(module)]
 
 
+def backbone_of(artifact: Input) -> BackboneSpec:
+    """The architecture in an artifact's record.
+
+    Raises:
+        SpecError: its stage keeps none, so nothing else can go on with that network.
+    """
+    if "backbone" not in artifact.meta:
+        raise SpecError(
+            f"{artifact.path} holds a network of form {artifact.meta.get('form')!r}; this stage cannot go on with it.",
+            "Check which stage is wired to this input.",
+        )
+    return BackboneSpec(**{**artifact.meta["backbone"], "pretrained": False})
+
+
 def require_same(theirs: BackboneSpec, ours: BackboneSpec) -> None:
     """Refuse to start from weights of another network.
 
@@ -84,8 +98,7 @@ def _continued(method: Algorithm[Any], classes: int, init: Input) -> Student:
     """The network with the weights of an artifact; dense ones are made sparse as the algorithm does it."""
     from workers.modelfile import load_student
 
-    theirs = BackboneSpec(**{**init.meta["backbone"], "pretrained": False})
-    spec = method.config.backbone
+    theirs, spec = backbone_of(init), method.config.backbone
     # Without `pretrained` an algorithm converts at once; the weights have to be there first.
     student: Student = type(method)(_with_backbone(method, pretrained=True), method.task).build(classes)  # type: ignore[assignment]
     given = load_student(init.path, init.meta).state_dict()

@@ -18,7 +18,7 @@ from workers.data import rows_of
 from workers.datasets.base import DomainData
 from workers.loop import mix
 from workers.modelfile import Form, load_classifier, model_meta
-from workers.networks import build_network, require_same
+from workers.networks import backbone_of, build_network, require_same
 from workers.settings import AlgorithmBlock, TrainSettings
 from workers.train_model import train_model
 
@@ -131,7 +131,7 @@ def initial_network(
     if method is not None:
         return build_network(method, data.info.num_outputs, context.data_root, init)
     if init is not None:
-        require_same(BackboneSpec(**{**init.meta["backbone"], "pretrained": False}), spec)
+        require_same(backbone_of(init), spec)
         return load_classifier(init.path, init.meta)
     network = build_classifier(spec, data.info.num_outputs)
     if spec.pretrained:

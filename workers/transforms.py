@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moe.errors import DataError, SpecError
 from workers.datasets.base import DatasetInfo
@@ -51,6 +51,9 @@ class TransformSpec(BaseModel):
     )
     crop: int | None = Field(default=None, ge=1, description="Side of a square centre crop, before the resize; pixels.")
     size: tuple[int, int] | None = Field(default=None, description="(height, width) after the resize; None keeps it.")
+    short_edge: int | None = Field(
+        default=None, ge=1, description="Resize the short edge to this, bicubic, and take the centre of `size`; pixels."
+    )
     channels: int | None = Field(
         default=None,
         ge=1,
@@ -61,6 +64,12 @@ class TransformSpec(BaseModel):
     variant: int = Field(
         default=0, ge=0, lt=_VARIANTS, description="Fixed variant where nothing is drawn; 0 is upright."
     )
+
+    @model_validator(mode="after")
+    def _fits(self) -> TransformSpec:
+        if self.short_edge is not None and (self.size is None or self.short_edge < max(self.size)):
+            raise ValueError(f"short_edge={self.short_edge} needs a size of at most that, not {self.size}.")
+        return self
 
 
 class Transform:
@@ -73,7 +82,9 @@ class Transform:
 
     def __init__(self, spec: TransformSpec) -> None:
         self.spec = spec
-        self.identity = f"transform-{_FORMAT}:" + json.dumps(spec.model_dump(mode="json"), sort_keys=True)
+        unused = {"short_edge"} if spec.short_edge is None else set()
+        fields = spec.model_dump(mode="json", exclude=unused)
+        self.identity = f"transform-{_FORMAT}:" + json.dumps(fields, sort_keys=True)
         self.variants = _VARIANTS if spec.augment else 1
 
     def fixed(self, variant: int) -> Transform:
@@ -142,6 +153,8 @@ class Transform:
             )
         if self.spec.crop is not None:
             stack = _center_crop(stack, self.spec.crop)
+        if self.spec.short_edge is not None and self.spec.size is not None:
+            stack = np.stack([_centre(image, self.spec.short_edge, self.spec.size) for image in stack])
         if self.spec.size is not None and (stack.shape[2], stack.shape[3]) != self.spec.size:
             stack = np.stack([_resize(image, self.spec.size) for image in stack])
         return stack if self.spec.channels is None else _with_channels(stack, self.spec.channels)
@@ -220,17 +233,28 @@ def _center_crop(stack: Image, side: int) -> Image:
     return stack[:, :, top : top + side, left : left + side]
 
 
-def _resize(image: Image, size: tuple[int, int]) -> Image:
-    """Pillow's antialiased bilinear resize of ``[C, H, W]``, 8-bit arithmetic for uint8 and float for float."""
+def _centre(image: Image, short_edge: int, size: tuple[int, int]) -> Image:
+    """The middle of ``[C, H, W]`` after its short edge was resized; the other edge is truncated, as in torchvision."""
+    height, width = image.shape[1:]
+    scaled = (short_edge, int(short_edge * width / height)) if height <= width else (
+        int(short_edge * height / width), short_edge
+    )  # fmt: skip
+    resized = _resize(image, scaled, bicubic=True)
+    top, left = (round((extent - side) / 2) for extent, side in zip(scaled, size, strict=True))
+    return resized[:, top : top + size[0], left : left + size[1]]
+
+
+def _resize(image: Image, size: tuple[int, int], bicubic: bool = False) -> Image:
+    """Pillow's antialiased resize of ``[C, H, W]``, 8-bit arithmetic for uint8 and float for float."""
     from PIL import Image as Pillow
 
-    target = (size[1], size[0])
+    target, kernel = (size[1], size[0]), Pillow.Resampling.BICUBIC if bicubic else Pillow.Resampling.BILINEAR
     if image.dtype == np.uint8 and image.shape[0] == 3:
         picture = Pillow.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-        return np.asarray(picture.resize(target, Pillow.Resampling.BILINEAR)).transpose(2, 0, 1)
+        return np.asarray(picture.resize(target, kernel)).transpose(2, 0, 1)
     kind = np.uint8 if image.dtype == np.uint8 else np.float32
     planes = [Pillow.fromarray(np.ascontiguousarray(plane, dtype=kind)) for plane in image]
-    return np.stack([np.asarray(plane.resize(target, Pillow.Resampling.BILINEAR)) for plane in planes])
+    return np.stack([np.asarray(plane.resize(target, kernel)) for plane in planes])
 
 
 def _with_channels(stack: Image, channels: int) -> Image:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.errors import EnvironmentProblem, InfeasibleError, RunFailed
+from orchestrator import cluster_courier
 from orchestrator.artifacts import quiet_remove
 from orchestrator.capacity import Amounts, Capacity, machine_capacity, rank_demand
 from orchestrator.executors.base import Deliver, Signal, Task
@@ -179,6 +180,7 @@ class RayExecutor:
         self.connect()
         flag = _flag(task)
         quiet_remove(flag)
+        cluster_courier.forget_stop(task)
         copies = task.resources.workers * task.slots
         demand = {name: amount * copies for name, amount in rank_demand(task.resources).items()}
         gang = task.gang and task.resources.workers > 1 and not task.leads
@@ -247,6 +249,7 @@ class RayExecutor:
             flag = _flag(job.task)
             flag.parent.mkdir(parents=True, exist_ok=True)
             flag.touch()
+            cluster_courier.ask_to_stop(job.task)
 
     # ---- what comes back -------------------------------------------------------------------------------------------
 

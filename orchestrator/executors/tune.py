@@ -64,6 +64,7 @@ def run_on_tune(search: Search) -> None:
     if conductor.ahead is None:  # everything was in the store
         return
     os.environ.update(_SETTINGS)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(conductor.slots)
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     task, config = search.context.task, search.config
@@ -76,6 +77,7 @@ def run_on_tune(search: Search) -> None:
         paths=tuple(sys.path),
         stop=str(conductor.stop),
         curve=curve_name(config),
+        gate=str(conductor.gate),
         sink=sink,
     )
 
@@ -86,7 +88,7 @@ def run_on_tune(search: Search) -> None:
         tune.with_resources(trial, request(task.resources, task.gang)),
         tune_config=tune.TuneConfig(
             search_alg=_Points(conductor),
-            scheduler=make_scheduler(config),
+            scheduler=make_scheduler(config, conductor.slots),
             num_samples=search.most + 1,
             reuse_actors=True,
             trial_name_creator=lambda made: f"trial_{made.config['number']}",
@@ -148,16 +150,41 @@ def curve_name(config: SearchConfig) -> str | None:
     )
 
 
-def make_scheduler(config: SearchConfig) -> TrialScheduler:
-    """Tune's scheduler for a search."""
+def make_scheduler(config: SearchConfig, slots: int = 1) -> TrialScheduler:
+    """Tune's scheduler for a search that keeps ``slots`` processes."""
     words = {"time_attr": STEP, "metric": SCORE, "mode": config.modes[0]}
     if config.scheduler == "asha":
-        return AsyncHyperBandScheduler(
+        made = _warm(AsyncHyperBandScheduler)(
             **words, grace_period=config.grace, reduction_factor=config.reduction, max_t=_MOST_UPDATES
         )
-    if config.scheduler == "median":
-        return MedianStoppingRule(**words, grace_period=config.grace, min_samples_required=3)
-    return FIFOScheduler()
+    elif config.scheduler == "median":
+        made = _warm(MedianStoppingRule)(**words, grace_period=config.grace, min_samples_required=3)
+    else:
+        made = _warm(FIFOScheduler)()
+    made.slots = slots
+    return made
+
+
+def _warm(kind: type[TrialScheduler]) -> Any:
+    """A scheduler of this kind that keeps every process of a trial for the next one.
+
+    Tune keeps no more idle processes than trials wait at that moment, often one; then trials that are shorter than the
+    start of a process run one after the other on the process that is left.
+    """
+
+    class Warm(kind):  # type: ignore[misc,valid-type]
+        slots = 1
+        told = False
+
+        def on_trial_add(self, controller: Any, trial: Any) -> None:
+            """Called by Tune for every trial."""
+            if not self.told:
+                self.told = True
+                with suppress(AttributeError):  # another version of Tune is slower, not wrong
+                    controller._actor_cache.increase_max(trial.placement_group_factory, self.slots)
+            super().on_trial_add(controller, trial)
+
+    return Warm
 
 
 class Conductor:
@@ -170,6 +197,7 @@ class Conductor:
         ahead: the next trial, already asked for; None at the end.
         problem: what ended the search.
         stop: file that asks the trials' processes to stop.
+        gate: folder where these processes wait for each other at the start.
     """
 
     def __init__(self, search: Search) -> None:
@@ -179,6 +207,9 @@ class Conductor:
         self.problem: MoepipeError | None = None
         self.stop: Path = search.context.scratch / "stop"
         self.stop.unlink(missing_ok=True)
+        self.gate: Path = search.context.scratch / "gate"
+        shutil.rmtree(self.gate, ignore_errors=True)
+        self.gate.mkdir()
         self.slots = max(1, search.context.task.slots)
         self._look = search.config.scheduler == "none"
         first = search.next(self._look)
@@ -210,6 +241,7 @@ class Conductor:
         if trial == "done":
             return str(Searcher.FINISHED)
         self.live[trial_id] = trial
+        (self.gate / "expected").write_text(str(len(self.live)))
         return {"number": trial.number, "values": dict(trial.values)}
 
     def report(self, trial_id: str, result: dict[str, Any]) -> None:

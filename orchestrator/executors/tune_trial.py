@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -22,6 +24,7 @@ from orchestrator.stages.base import STAGES
 from workers.search_space import Values
 
 OUTCOME, SCORE, STEP = "outcome", "score", "step"
+_MEETING_S = 20.0
 _gangs: dict[str, Gang] = {}
 
 
@@ -35,6 +38,7 @@ class Work:
         paths: folders that the driver can import from.
         stop: file that asks for a stop.
         curve: what the scheduler looks at; None without one.
+        gate: folder where the processes wait for each other at the start.
         sink: actor that carries the words of ranks; None unless the stage is a gang of several ranks.
     """
 
@@ -43,6 +47,7 @@ class Work:
     paths: tuple[str, ...]
     stop: str
     curve: str | None
+    gate: str
     sink: Any = None
 
 
@@ -55,6 +60,7 @@ def perform(work: Work, point: Mapping[str, Any]) -> None:
     reused = found(work.maker, store, values) is not None
     log = Path(work.maker.make(number, values).log)
     log.parent.mkdir(parents=True, exist_ok=True)
+    _meet(Path(work.gate))
     watch = Watch(work, values)
     watch.replay()
     with captured(log):
@@ -66,6 +72,23 @@ def perform(work: Work, point: Mapping[str, Any]) -> None:
         step, score = watch.points[-1]
         last |= {STEP: step + 1, SCORE: score}
     tune.report(last)
+
+
+def _meet(gate: Path) -> None:
+    """Wait until the other processes of the search are there, once, and not for long.
+
+    A trial that ends before another one's process is there makes Tune hand it this process and drop the other one.
+    """
+    mark = gate / str(os.getpid())
+    if mark.exists() or not gate.is_dir():
+        return
+    mark.touch()
+    end = time.monotonic() + _MEETING_S
+    while time.monotonic() < end:
+        with suppress(OSError, ValueError):
+            if len(list(gate.iterdir())) - 1 >= int((gate / "expected").read_text()):
+                return
+        time.sleep(0.05)
 
 
 def _launcher(work: Work) -> Any:

@@ -74,6 +74,14 @@ def file_digests(paths: Sequence[str], data_root: str) -> Mapping[str, str]:
     return found
 
 
+def missing_files(field: str, paths: Sequence[str]) -> list[tuple[tuple[str | int, ...], str, str]]:
+    """What ``StageBase.examine`` answers about weights files."""
+    from workers.m2mkd_settings import PACKAGED
+
+    lost = [(n, text) for n, text in enumerate(paths) if text != PACKAGED and not Path(text).expanduser().is_file()]
+    return [((field, n), f"There is no weights file {text}.", "Check the path.") for n, text in lost]
+
+
 class TrainingConfig(MethodConfig):
     """What every training stage of m2mKD takes besides the phase's recipe."""
 

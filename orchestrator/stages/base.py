@@ -33,6 +33,7 @@ class Port:
 
     Attributes:
         kind: artifact kind it accepts (``data``, ``model``, ``features``, ``metrics``, ...).
+        also: further kinds that serve as well.
         many: several artifacts may arrive (a fan-out), in member order; otherwise exactly one.
         optional: may be left out of the YAML.
         doc: one line for ``moepipe explain``.
@@ -42,6 +43,15 @@ class Port:
     many: bool = False
     optional: bool = False
     doc: str = ""
+    also: tuple[str, ...] = ()
+
+    def accepts(self, kind: str) -> bool:
+        """Whether an artifact of this kind may arrive here."""
+        return kind == self.kind or kind in self.also
+
+
+NETWORKS = ("jetpack_start", "jetpack_run", "m2mkd_network")
+"""Kinds besides ``model`` whose artifacts are whole networks, which other stages can go on with."""
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,9 @@ class DeployConfig(StageConfig):
         description="name in MLflow's model registry; null: not registered",
     )
     alias: str = Field(
-        default="champion",
+        default="candidate",
         pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$",
-        description="alias that the first seed's model gets there; serve it as models:/NAME@ALIAS",
+        description="alias that the first seed's model gets there; moepipe promote makes it champion",
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from orchestrator.stages._presets import fill_preset
-from orchestrator.stages.base import Member, Port, StageBase, StageConfig
+from orchestrator.stages.base import NETWORKS, Member, Port, StageBase, StageConfig
 from workers.context import Context
 from workers.distill_settings import DistillSettings
 
@@ -41,7 +41,7 @@ class Stage(StageBase[DistillConfig]):
         "groups": Port("groups", doc="who owns which domains"),
         "features": Port("features", many=True, doc="features of all experts, in expert order"),
         "aggregator": Port("aggregator", doc="the pre-trained aggregator"),
-        "student": Port("model", doc="the pre-trained student"),
+        "student": Port("model", also=NETWORKS, doc="the pre-trained student"),
     }
     Config: ClassVar[type[StageConfig]] = DistillConfig
 

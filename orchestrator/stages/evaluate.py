@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from orchestrator.stages._presets import fill_preset
-from orchestrator.stages.base import Member, Port, StageBase, StageConfig
+from orchestrator.stages.base import NETWORKS, Member, Port, StageBase, StageConfig
 from workers.context import Context
 
 Owner = Literal["erm", "student"]
@@ -59,12 +59,14 @@ class Stage(StageBase[EvaluateConfig]):
     output: ClassVar[str] = "metrics"
     inputs: ClassVar[Mapping[str, Port]] = {
         "data": Port("data", doc="the prepared data set"),
-        "erm": Port("model", optional=True, doc="the baseline"),
+        "erm": Port("model", optional=True, also=NETWORKS, doc="the baseline"),
         "student": Port("student", optional=True, doc="the meta-distilled student with its aggregator"),
         "aggregator": Port("aggregator", optional=True, doc="the pre-trained aggregator, scored as a classifier"),
         "experts": Port("model", many=True, optional=True, doc="for rows whose features are not cached"),
         "features": Port("features", many=True, optional=True, doc="the experts' cached features"),
-        "oracle": Port("model", optional=True, doc="a network that saw labels of the test domains: the ceiling"),
+        "oracle": Port(
+            "model", optional=True, also=NETWORKS, doc="saw labels of the test domains: the ceiling"
+        ),
     }
     Config: ClassVar[type[StageConfig]] = EvaluateConfig
 

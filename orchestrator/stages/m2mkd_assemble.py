@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from orchestrator.stages._m2mkd import MethodConfig, file_digests
+from orchestrator.stages._m2mkd import MethodConfig, file_digests, missing_files
 from orchestrator.stages.base import Member, Port, StageBase
 from workers.context import Context
 
@@ -43,6 +43,10 @@ class Stage(StageBase[M2mkdAssembleConfig]):
     def members(self, config: M2mkdAssembleConfig) -> list[Member]:
         """One member."""
         return [config.member("assemble")]
+
+    def examine(self, config: M2mkdAssembleConfig) -> Sequence[tuple[tuple[str | int, ...], str, str]]:
+        """Files that are not there, told before any earlier stage is run."""
+        return missing_files("files", config.files)
 
     def external(self, config: M2mkdAssembleConfig, data_root: str) -> Mapping[str, str]:
         """The student files."""

@@ -18,6 +18,9 @@ class M2mkdEvaluateConfig(MethodConfig):
 
     splits: tuple[str, ...] = Field(default=("test",), min_length=1, description="splits that are scored")
     few_shot: FewShot | None = Field(default=None, description="episodes with a fresh head; null: none")
+    draws: int = Field(
+        default=1, ge=1, description="evaluations of a circuit whose mean is reported, where parity is official"
+    )
     batch_size: int = Field(default=128, ge=1, description="images per forward pass; moves the last bits")
 
 
@@ -27,6 +30,7 @@ class Stage(StageBase[M2mkdEvaluateConfig]):
     output: ClassVar[str] = "m2mkd_metrics"
     inputs: ClassVar[Mapping[str, Port]] = {
         "data": Port("data", doc="the prepared data set"),
+        "ood": Port("data", many=True, optional=True, doc="sets with some of the classes, scored on their `test`"),
         "models": Port("m2mkd_network", many=True, doc="what is compared, each with its label"),
     }
     Config: ClassVar[type[M2mkdEvaluateConfig]] = M2mkdEvaluateConfig
@@ -39,4 +43,4 @@ class Stage(StageBase[M2mkdEvaluateConfig]):
         """Write ``evaluation.json``; ``meta`` has the selection metric by model and split."""
         from workers.m2mkd_evaluate import evaluate_member
 
-        return evaluate_member(config.method, config.splits, config.few_shot, config.batch_size, context)
+        return evaluate_member(config.method, config.splits, config.few_shot, config.batch_size, context, config.draws)

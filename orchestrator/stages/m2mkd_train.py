@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from orchestrator.stages._m2mkd import TrainingConfig, file_digests
+from orchestrator.stages._m2mkd import TrainingConfig, file_digests, missing_files
 from orchestrator.stages.base import Member, Port, StageBase
 from workers.context import Context
+from workers.m2mkd_settings import PACKAGED, PACKAGED_DEPTH, packaged_problem
 
 
 class M2mkdTrainConfig(TrainingConfig):
@@ -49,6 +50,11 @@ class M2mkdTrainConfig(TrainingConfig):
     def _files(self) -> M2mkdTrainConfig:
         if self.take_blocks and self.phase not in ("pt", "ft"):
             raise ValueError(f"take_blocks: phase {self.phase} takes no blocks of its own choice; leave them out.")
+        spec = self.method.meta if self.phase == "pt" else self.method.teacher
+        if PACKAGED in self.take and self.phase != "e2e":
+            whole = spec.model_copy(update={"depths": (PACKAGED_DEPTH,)}) if self.take_blocks else spec
+            if problem := packaged_problem(whole):
+                raise ValueError(f"take: {problem}")
         if self.fresh_head and (not self.take or self.phase == "mt"):
             raise ValueError("fresh_head: it is about a file of pt, ft or e2e (`take`).")
         if self.phase == "e2e" and len(self.take) > 1:
@@ -92,6 +98,10 @@ class Stage(StageBase[M2mkdTrainConfig]):
     def members(self, config: M2mkdTrainConfig) -> list[Member]:
         """One member; in phase mt one per module."""
         return config.positions("mt") if config.phase == "mt" else [config.member(config.phase)]
+
+    def examine(self, config: M2mkdTrainConfig) -> Sequence[tuple[tuple[str | int, ...], str, str]]:
+        """Files that are not there, told before any earlier stage is run."""
+        return missing_files("take", config.take)
 
     def external(self, config: M2mkdTrainConfig, data_root: str) -> Mapping[str, str]:
         """The files that it starts from."""

@@ -32,11 +32,6 @@ class WrappedStage(BaseModel):
     config: dict[str, Any] = Field(
         default_factory=dict, description="its config, as written; the space replaces some fields"
     )
-    name: str | None = Field(
-        default=None,
-        description="stage name from which the trials' seeds derive: with the name of an ordinary stage of this kind, "
-        "both share artifacts; null: the name of the search stage",
-    )
 
 
 class SearchConfig(StageConfig):
@@ -57,8 +52,8 @@ class SearchConfig(StageConfig):
     algorithm: Algorithm = Field(
         default="random", description="grid, random, tpe (Optuna), or restarts: the config as written with other seeds"
     )
-    scheduler: Literal["none", "asha", "median", "pbt"] = Field(
-        default="none", description="stops bad trials early (asha, median) or lets them take over better ones (pbt)"
+    scheduler: Literal["none", "asha", "median"] = Field(
+        default="none", description="stops bad trials early: asha (successive halving) or median"
     )
     trials: int | None = Field(
         default=None, ge=1, le=10_000, description="points to try, those found in the store included; null: whole grid"
@@ -84,7 +79,6 @@ class SearchConfig(StageConfig):
     )
     grace: int = Field(default=1, ge=1, description="updates before a scheduler may stop a trial")
     reduction: int = Field(default=3, ge=2, description="asha: one of so many trials goes on at each rung")
-    interval: int = Field(default=100, ge=1, description="pbt: updates between exchanges")
     concurrency: Literal["auto"] | int = Field(
         default="auto",
         description="trials at once; auto: as many as the free resources hold",
@@ -105,8 +99,6 @@ class SearchConfig(StageConfig):
             raise ValueError(f"{self.algorithm} needs a number of trials")
         if self.algorithm == "restarts" and self.space:
             raise ValueError("restarts run the config as written: leave out the space")
-        if self.scheduler == "pbt" and self.algorithm != "random":
-            raise ValueError("pbt begins with random points: set algorithm: random")
         if self.scheduler != "none" and self.seeds > 1:
             raise ValueError("schedulers compare single runs; set seeds: 1")
         if not isinstance(self.concurrency, str) and self.concurrency < 1:

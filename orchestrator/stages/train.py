@@ -12,7 +12,7 @@ from moe.errors import SpecError
 from moe.specs import BackboneSpec
 from orchestrator.stages._presets import fill_preset
 from orchestrator.stages._rows import rows_in
-from orchestrator.stages.base import Member, Port, StageBase, StageConfig
+from orchestrator.stages.base import NETWORKS, Member, Port, StageBase, StageConfig
 from workers.algorithm_options import make_algorithm
 from workers.context import Context
 from workers.settings import AlgorithmBlock, TrainSettings
@@ -56,7 +56,7 @@ class Stage(StageBase[TrainConfig]):
     inputs: ClassVar[Mapping[str, Port]] = {
         "data": Port("data", doc="the prepared data set"),
         "groups": Port("groups", optional=True, doc="who owns which domains; needed when groups is above 1"),
-        "init": Port("model", optional=True, doc="start from this network (a shared or pretrained one)"),
+        "init": Port("model", optional=True, also=NETWORKS, doc="start from this network (a shared or pretrained one)"),
     }
     Config: ClassVar[type[StageConfig]] = TrainConfig
 

@@ -61,7 +61,7 @@ def test_the_slurm_script_runs_as_slurm_would_run_it(tmp_path):
 
     from orchestrator.cli import app
 
-    assert get_command(app).commands["submit"].make_context("submit", after[2:]).params["run"] == "slurm-4711"
+    assert get_command(app).commands["submit"].make_context("submit", after[2:]).params["run_name"] == "slurm-4711"
     del environment["PIPELINE"]
     done = subprocess.run(["bash", str(SBATCH)], env=environment, capture_output=True, text=True)
     assert done.returncode != 0 and "say which pipeline" in done.stderr
@@ -154,7 +154,11 @@ def test_grafana_panels_are_whole_and_do_not_overlap():
     taken = set()
     for panel in BOARD["panels"]:
         place = panel["gridPos"]
-        cells = {(x, y) for x in range(place["x"], place["x"] + place["w"]) for y in range(place["y"], place["y"] + place["h"])}
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
         assert place["x"] + place["w"] <= 24 and not cells & taken
         taken |= cells
     names = {variable["name"] for variable in BOARD["templating"]["list"]}
@@ -190,7 +194,9 @@ def _server_metrics():
 
 
 def test_grafana_asks_for_metrics_that_exist():
-    asked = {name for panel in PANELS for t in panel["targets"] for name in re.findall(r"\b(?:ray|moepipe)_\w+", t["expr"])}
+    asked = {
+        name for panel in PANELS for t in panel["targets"] for name in re.findall(r"\b(?:ray|moepipe)_\w+", t["expr"])
+    }
     assert len(asked) > 15
     unknown = asked - _ray_metrics() - _server_metrics()
     assert not unknown

@@ -113,13 +113,14 @@ def test_ray_start_understands_the_parameters(document):
 
 def test_the_job_can_be_tried_again():
     """The entry point parses, names its run, and both words stand where the comment says."""
-    from orchestrator.cli import app
     from typer.main import get_command
+
+    from orchestrator.cli import app
 
     (job,) = yaml.safe_load_all((FOLDER / "rayjob.yaml").read_text())
     command, *words = job["spec"]["entrypoint"].split()[1:]
     given = get_command(app).commands[command].make_context("submit", words).params
-    assert given["run"] == job["metadata"]["name"] and given["on"] == "auto" and job["spec"]["backoffLimit"] > 0
+    assert given["run_name"] == job["metadata"]["name"] and given["on"] == "auto" and job["spec"]["backoffLimit"] > 0
 
 
 def test_the_service_survives_its_head():

@@ -27,7 +27,7 @@ SPEC = JetConvNeXtSpec(
     depths=(1, 1, 2, 1),
     moe={"core_experts": 2, "univ_experts": 4, "slot_layernorm": True},
     moe_layers=(2, 3, 4),
-    stage_experts={3: (1, 2)},
+    stage_experts=(None, None, None, (1, 2)),
 )
 
 
@@ -98,7 +98,7 @@ def test_shared_channels_norms_and_depth(teacher, statistics):
 
 def test_the_dense_counterpart_has_the_same_stream(teacher):
     lists, _, state, _ = recycled(teacher, RecycleOptions(select="random"))
-    dense = build_jet_convnext(SPEC.model_copy(update={"moe": None, "moe_layers": (), "stage_experts": {}}), 3)
+    dense = build_jet_convnext(SPEC.model_copy(update={"moe": None, "moe_layers": (), "stage_experts": ()}), 3)
     made, _ = cut_convnext(teacher.state_dict(), dense.state_dict(), lists)
     dense.load_state_dict(made)
     shared = [name for name in made if name in state and not name.startswith("head.fc")]
@@ -121,7 +121,7 @@ def test_a_whole_copy_computes_what_the_predecessor_computes(teacher):
 
 
 def test_a_donor_gives_all_but_the_experts(teacher):
-    donor = build_jet_convnext(SPEC.model_copy(update={"moe": None, "moe_layers": (), "stage_experts": {}}), 9)
+    donor = build_jet_convnext(SPEC.model_copy(update={"moe": None, "moe_layers": (), "stage_experts": ()}), 9)
     *_, state, origin = recycled(teacher, RecycleOptions(select="uniform"), donor=donor.state_dict())
     assert {where for name, where in origin.items() if "experts" in name} == {"predecessor"}
     for name, where in origin.items():
@@ -147,14 +147,14 @@ def test_checkpoints_that_do_not_fit_are_named(teacher):
     with pytest.raises(CheckpointError, match="transposed"):
         read_convnext({**state, name: state[name].T}, "predecessor")
     for change, words in (({"dims": (12, 16, 24, 80)}, "Stage 3 .* larger"), ({"depths": (1, 1, 5, 1)}, "5 blocks")):
-        changed = JetConvNeXtSpec(**{**SPEC.model_dump(), "moe": None, "moe_layers": (), "stage_experts": {}, **change})
+        changed = JetConvNeXtSpec(**{**SPEC.model_dump(), "moe": None, "moe_layers": (), "stage_experts": (), **change})
         with pytest.raises(CheckpointError, match=words):
             recycled(teacher, RecycleOptions(select="random"), spec=changed)
 
 
 def test_the_papers_network():
     spec = c_jetmoe()
-    assert spec.stage_experts == {2: (98, 196), 3: (24, 48)} and spec.moe_layers == tuple(range(9, 18))
+    assert spec.stage_experts == (None, None, (98, 196), (24, 48)) and spec.moe_layers == tuple(range(9, 18))
     with torch.device("meta"):
         ours, theirs = build_jet_convnext(spec, 1000), build_c_jetmoe(1000)
     assert {n: v.shape for n, v in ours.state_dict().items()} == {n: v.shape for n, v in theirs.state_dict().items()}
@@ -173,7 +173,8 @@ def test_records_are_told_apart_and_checked():
         ({"image_size": 40}, "multiple of 32"),
         ({"moe_layers": (9,)}, "do not exist"),
         ({"moe": None}, "moe is not given"),
-        ({"stage_experts": {0: (1, 1)}}, "no block"),
+        ({"stage_experts": ((1, 1),)}, "no block"),
+        ({"stage_experts": (None, None, (0, 0))}, "without experts"),
     ):
         with pytest.raises(ValidationError, match=words):
             JetConvNeXtSpec(**{**SPEC.model_dump(), **change})

@@ -89,8 +89,9 @@ def test_a_trial_has_the_key_of_the_ordinary_stage(store):
 
 
 def test_a_named_stage_shares_its_artifacts(store):
-    both = {**search(stage={"name": "plain"}), "plain": {"kind": "score", "config": {"x": 0.1, "noise": 1.0}}}
+    both = {**search(), "plain": {"kind": "score", "config": {"x": 0.1, "noise": 1.0}}}
     both["s"]["config"]["stage"]["config"] = {"noise": 1.0}
+    both["s"]["seed_name"] = "plain"
     outcome, _ = go(pipeline(both), store)
     meta = store.artifact(outcome.artifacts["s/seed=0"]).meta
     assert outcome.artifacts["plain/seed=0"] in meta["search"]["artifacts"]
@@ -291,11 +292,11 @@ def test_mistakes_in_the_space_are_told_with_their_lines(tmp_path):
         ("{steps: 2}", "{val_split: test}", 8, "metrics are of test domains"),
         ("scores.score", "test.score", 14, "a metric of test domains"),
         ("training_domains", "oracle", 15, "'training_domains' or 'validation_domains'"),
-        ("trials: 3", "algorithm: random", 6, "random needs a number of trials"),
+        ("trials: 3", "algorithm: random", 8, "random needs a number of trials"),
         ("trials: 3", "algorithm: grid", 10, "a grid needs listed values"),
-        ("trials: 3", "trials: 3\n      algorithm: restarts", 6, "leave out the space"),
-        ("trials: 3", "trials: 3\n      mode: [max, min]", 6, "1 metrics, but 2 modes"),
-        ("trials: 3", "trials: 3\n      scheduler: asha\n      seeds: 2", 6, "set seeds: 1"),
+        ("trials: 3", "trials: 3\n      algorithm: restarts", 8, "leave out the space"),
+        ("trials: 3", "trials: 3\n      mode: [max, min]", 8, "1 metrics, but 2 modes"),
+        ("trials: 3", "trials: 3\n      scheduler: asha\n      seeds: 2", 8, "set seeds: 1"),
         ("x: {uniform: [0, 2]}", "x: {uniform: [0, 1], choice: [1]}", 10, "exactly one of"),
         ("x: {uniform: [0, 2]}", "val_split: {choice: [val, test]}", 8, "metrics are of test domains"),
         (

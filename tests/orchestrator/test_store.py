@@ -154,7 +154,8 @@ def test_a_remote_upload_cut_short_does_not_exist(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(store.blobs.fs, "put_file", cut)
-        with pytest.raises(ConnectionError):
+        patch.setenv("MOEPIPE_STORE_PATIENCE_S", "0")
+        with pytest.raises(EnvironmentProblem, match="does not answer: ConnectionError: cut"):
             store.commit(fill(store, a="one", z="two"), "number", {}, KEY)
     assert store.lookup(KEY) is None
     made = store.commit(fill(store, a="one", z="two"), "number", {}, KEY)

@@ -85,13 +85,13 @@ def test_the_alias_follows_the_last_deployment_and_nothing_is_registered_twice(d
 
     versions = picture()
     assert set(versions) == {student(first), student(second)}
-    assert locate("models:/digits@champion", store.url).version == student(second)
+    assert locate("models:/digits@candidate", store.url).version == student(second)
     state_path(store, first.id).unlink()
     sync(first, store, tracking_uri(None, store))  # an old run is written once more: it does not take the alias back
-    assert locate("models:/digits@champion", store.url).version == student(second) and picture() == versions
+    assert locate("models:/digits@candidate", store.url).version == student(second) and picture() == versions
     again = deployed("one")  # all hits, but deployed now
     assert student(again) == student(first)
-    assert locate("models:/digits@champion", store.url).version == student(first) and picture() == versions
+    assert locate("models:/digits@candidate", store.url).version == student(first) and picture() == versions
 
 
 def test_without_a_name_nothing_is_registered(deployed, store):

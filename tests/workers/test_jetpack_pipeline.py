@@ -166,7 +166,7 @@ CONVNEXT = {
     "depths": (1, 1, 2, 1),
     "moe": EXPERTS | {"compress_ratio": 1.0},
     "moe_layers": (2, 3, 4),
-    "stage_experts": {3: (1, 2)},
+    "stage_experts": (None, None, None, (1, 2)),
 }
 
 
@@ -420,6 +420,10 @@ def test_statistics_that_are_needed_but_not_there(data, statistics, tmp_path):
 def test_sizes_that_do_not_fit(change, error, words, data, statistics, tmp_path):
     with pytest.raises(error, match=words):
         recycle(tmp_path, data, {"recycle": {}}, statistics, model={**MODEL, **change})
+    if "shape" not in words:  # nor is the start beside it trained, which needs no predecessor
+        with pytest.raises(error, match=words):
+            beside = {"x": {}, "other": {"recycle": {}}}
+            recycle(tmp_path, data, {}, model={**MODEL, **change}, starts=beside)
 
 
 def test_blocks_that_do_not_exist_and_models_without_experts():

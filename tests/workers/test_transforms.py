@@ -133,3 +133,12 @@ def test_identity_names_the_numbers():
     ]
     assert len({Transform(other).identity for other in [spec, *others]}) == 5
     assert "variant" in Transform(spec).fixed(3).identity
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 401), (401, 300), (40, 40)])
+def test_the_centre_after_a_resize_of_the_short_edge_is_torchvisions(height, width):
+    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    ours = Transform(TransformSpec(normalisation="none", size=(42, 42), short_edge=48))(picture)
+    steps = [reference.Resize(48, reference.InterpolationMode.BICUBIC), reference.CenterCrop(42)]
+    expected = np.asarray(reference.Compose(steps)(Image.fromarray(picture)))
+    assert np.array_equal(ours.numpy(), expected.transpose(2, 0, 1))

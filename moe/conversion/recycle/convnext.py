@@ -93,6 +93,24 @@ def read_convnext(state: Mapping[str, Tensor], what: str) -> tuple[StageSizes, .
     return tuple(sizes)
 
 
+def check_convnext_sizes(
+    predecessor: Mapping[str, Tensor], successor: Mapping[str, Tensor], depth: str = "first"
+) -> list[tuple[Wanted, tuple[int, ...]]]:
+    """What is wanted of every stage, and the predecessor's block of each; shapes are enough.
+
+    Raises:
+        CheckpointError: another family, or a successor that is larger.
+    """
+    source = read_convnext(predecessor, "predecessor")
+    depths = _depths(successor)
+    if len(depths) != len(source):
+        raise CheckpointError(f"The successor has {len(depths)} stages, the predecessor {len(source)}.")
+    return [
+        (_wanted(successor, stage, own, sizes), layer_map(own, sizes.depth, depth))
+        for stage, (sizes, own) in enumerate(zip(source, depths, strict=True))
+    ]
+
+
 def convnext_lists(
     predecessor: Mapping[str, Tensor],
     successor: Mapping[str, Tensor],
@@ -114,20 +132,15 @@ def convnext_lists(
         CheckpointError: another family, or a successor that is larger.
         SpecError: options or statistics that do not fit.
     """
-    source = read_convnext(predecessor, "predecessor")
-    depths = _depths(successor)
-    if len(depths) != len(source):
-        raise CheckpointError(f"The successor has {len(depths)} stages, the predecessor {len(source)}.")
+    found = check_convnext_sizes(predecessor, successor, options.depth)
     out, before = [], 0
-    for stage, (sizes, depth) in enumerate(zip(source, depths, strict=True)):
-        layers = layer_map(depth, sizes.depth, options.depth)
-        wanted = _wanted(successor, stage, depth, sizes)
+    for (wanted, layers), depth in zip(found, _depths(predecessor), strict=True):
         record = None if statistics is None else _stage_record(statistics, [before + layer for layer in layers])
         experts, dense = recycling_lists(wanted, options, record, generator, dense=True)
         if dense is None:
             raise SpecError("No lists were drawn for the dense part.")
         out.append(StageLists(experts, dense, layers))
-        before += sizes.depth
+        before += depth
     return tuple(out)
 
 

@@ -108,6 +108,17 @@ def recycle(
     return Recycled(state, experts, dense, {name: _origin(name, rest, cut, successor, origin) for name in state})
 
 
+def check_sizes(predecessor: Mapping[str, Tensor], successor: Mapping[str, Tensor], depth: str = "first") -> None:
+    """Whether ``successor`` can be cut out of ``predecessor``; shapes are enough, so both may lie on ``meta``.
+
+    Raises:
+        CheckpointError: another family, wrongly shaped tensors, or a successor that is larger.
+    """
+    target, source = read_successor(successor), read_dense(predecessor, "predecessor")
+    layer_map(target.depth, source.depth, depth)
+    _wanted(source, target)
+
+
 def gather_experts(
     predecessor: Mapping[str, Tensor], successor: Mapping[str, Tensor], target: SuccessorLayout, lists: UnitLists
 ) -> State:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,20 +15,46 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Normalization = Literal["ln", "l2", "none", "sigmoid", "tanh"]
 
-GRAPH_PRESETS = (
-    "barabasi-albert",
-    "scale-free",
-    "planted-partition",
-    "ring-of-cliques",
-    "erdos-renyi",
-    "watts-strogatz",
-    "grid-graph",
-    "balanced-tree",
-    "barbell",
-    "hypercube",
-    "complete",
-)
-"""Graph priors by name; ``scale-free`` is another name of ``barabasi-albert``."""
+PRIOR_NEEDS: dict[str, tuple[str, ...]] = {
+    "barabasi-albert": ("m",),
+    "scale-free": ("m",),
+    "planted-partition": ("l", "k", "p_in", "p_out"),
+    "ring-of-cliques": ("num_cliques", "clique_size"),
+    "erdos-renyi": ("p",),
+    "watts-strogatz": ("k", "p"),
+    "grid-graph": ("dim",),
+    "balanced-tree": ("r", "h"),
+    "barbell": ("m1",),
+    "hypercube": (),
+    "complete": (),
+}
+"""Graph priors by name -> arguments that they need; ``scale-free`` is another name of ``barabasi-albert``."""
+GRAPH_PRESETS = tuple(PRIOR_NEEDS)
+
+
+def prior_nodes(name: str, count: int, kwargs: Mapping[str, Any]) -> int:
+    """Nodes of a graph prior for ``count`` latents.
+
+    Raises:
+        ValueError: arguments are missing or no numbers.
+    """
+    missing = [key for key in PRIOR_NEEDS[name] if key not in kwargs]
+    if missing:
+        raise ValueError(f"The graph prior {name!r} needs {', '.join(PRIOR_NEEDS[name])}; missing: {missing}.")
+    if name == "planted-partition":
+        return int(kwargs["l"]) * int(kwargs["k"])
+    if name == "ring-of-cliques":
+        return int(kwargs["num_cliques"]) * int(kwargs["clique_size"])
+    if name == "grid-graph":
+        dim = kwargs["dim"]
+        return math.prod(int(side) for side in dim) if isinstance(dim, list | tuple) else int(dim)
+    if name == "balanced-tree":
+        return sum(int(kwargs["r"]) ** level for level in range(int(kwargs["h"]) + 1))
+    if name == "barbell":
+        return 2 * int(kwargs["m1"]) + int(kwargs.get("m2", 0))
+    if name == "hypercube":
+        return 1 << int(kwargs.get("n", count.bit_length() - 1 if count & (count - 1) == 0 else 8))
+    return int(kwargs.get("n", count))
 
 
 class NacSpec(BaseModel):
@@ -230,6 +257,16 @@ class GraphSpec(NacSpec):
                 "use_input_states_as_mediator_states needs as many input latents as mediators, got "
                 f"{self.num_input_latents} and {self.num_mediator_latents}."
             )
+        for role in ("input", "mediator", "output"):
+            count, own = getattr(self, f"num_{role}_latents"), getattr(self, f"{role}_latent_kwargs")
+            if own.graph_preset is None:
+                continue
+            nodes = prior_nodes(own.graph_preset, count, own.graph_generator_kwargs)
+            if nodes != count:
+                raise ValueError(
+                    f"The graph prior {own.graph_preset} of {role}_latent_kwargs has {nodes} nodes for {count} "
+                    f"latents; set num_{role}_latents to {nodes}, or change graph_generator_kwargs."
+                )
         return self
 
     @property

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moe.errors import EnvironmentProblem, SpecError, nearest
+from moe.models.nac.graph_specs import PRIOR_NEEDS
 
 
 @dataclass(frozen=True)
@@ -38,19 +39,19 @@ class Prior:
 
 
 PRIORS: dict[str, Prior] = {
-    "barabasi-albert": Prior("barabasi_albert_graph", ("n", "m"), True, ("m",)),
-    "scale-free": Prior("barabasi_albert_graph", ("n", "m"), True, ("m",)),
+    "barabasi-albert": Prior("barabasi_albert_graph", ("n", "m"), True, PRIOR_NEEDS["barabasi-albert"]),
+    "scale-free": Prior("barabasi_albert_graph", ("n", "m"), True, PRIOR_NEEDS["scale-free"]),
     "planted-partition": Prior(
-        "planted_partition_graph", ("l", "k", "p_in", "p_out"), True, ("l", "k", "p_in", "p_out")
+        "planted_partition_graph", ("l", "k", "p_in", "p_out"), True, PRIOR_NEEDS["planted-partition"]
     ),
-    "ring-of-cliques": Prior("ring_of_cliques", ("num_cliques", "clique_size"), False, ("num_cliques", "clique_size")),
-    "erdos-renyi": Prior("erdos_renyi_graph", ("n", "p"), True, ("p",)),
-    "watts-strogatz": Prior("watts_strogatz_graph", ("n", "k", "p"), True, ("k", "p")),
-    "grid-graph": Prior("grid_graph", ("dim", "periodic"), False, ("dim",)),
-    "balanced-tree": Prior("balanced_tree", ("r", "h"), False, ("r", "h")),
-    "barbell": Prior("barbell_graph", ("m1", "m2"), False, ("m1",)),
-    "hypercube": Prior("hypercube_graph", ("n",), False, ()),
-    "complete": Prior("complete_graph", ("n",), False, ()),
+    "ring-of-cliques": Prior("ring_of_cliques", ("num_cliques", "clique_size"), False, PRIOR_NEEDS["ring-of-cliques"]),
+    "erdos-renyi": Prior("erdos_renyi_graph", ("n", "p"), True, PRIOR_NEEDS["erdos-renyi"]),
+    "watts-strogatz": Prior("watts_strogatz_graph", ("n", "k", "p"), True, PRIOR_NEEDS["watts-strogatz"]),
+    "grid-graph": Prior("grid_graph", ("dim", "periodic"), False, PRIOR_NEEDS["grid-graph"]),
+    "balanced-tree": Prior("balanced_tree", ("r", "h"), False, PRIOR_NEEDS["balanced-tree"]),
+    "barbell": Prior("barbell_graph", ("m1", "m2"), False, PRIOR_NEEDS["barbell"]),
+    "hypercube": Prior("hypercube_graph", ("n",), False, PRIOR_NEEDS["hypercube"]),
+    "complete": Prior("complete_graph", ("n",), False, PRIOR_NEEDS["complete"]),
 }
 """Graph priors by their names in the configurations."""
 

@@ -1,0 +1,277 @@
+"""The store in a real S3-compatible server on loopback: runs inline and on Ray, two writers, lost machines, outages."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from moe.errors import BusyError, EnvironmentProblem
+from orchestrator import cluster_claims, gc
+from orchestrator.cluster_claims import Claims
+from orchestrator.executors.inline import InlineExecutor
+from orchestrator.runs import RunStore
+from orchestrator.store import Key, Store
+from tests.support.pipelines import DIAMOND, go, pipeline
+
+KEY = Key("ab" * 32, {"kind": "number"})
+
+
+@pytest.fixture(scope="module")
+def server():
+    """moto's server, with an empty bucket; the variables that boto reads point at it."""
+    from moto.server import ThreadedMotoServer
+
+    started = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    started.start()
+    host, port = started.get_host_and_port()
+    given = {
+        "AWS_ACCESS_KEY_ID": "tester",
+        "AWS_SECRET_ACCESS_KEY": "tester",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in given.items():
+            patch.setenv(name, value)
+        import boto3
+
+        boto3.client("s3").create_bucket(Bucket="results")
+        yield started
+    started.stop()
+
+
+@pytest.fixture
+def url(server, tmp_path):
+    """A new place in the bucket."""
+    return f"s3://results/{tmp_path.name}"
+
+
+@pytest.fixture
+def machine(url, tmp_path):
+    """Opens the store as a machine with a disk of its own would."""
+    return lambda name: Store.open(url, tmp_path / name)
+
+
+def fill(store, **files):
+    folder = store.staging()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_two_machines_see_each_others_results(machine):
+    here, there = machine("a"), machine("b")
+    made = here.commit(fill(here, x="one", y="two"), "number", {"n": 1}, KEY)
+    assert there.lookup(KEY) == made and there.digests() == [made.digest]
+    assert (there.local_path(made) / "y").read_text() == "two" and there.verify(made) == []
+    other = there.commit(fill(there, x="three"), "number", {}, Key("cd" * 32))
+    assert here.digests() == sorted([made.digest, other.digest])  # listings are not remembered
+    there.remove(made.digest)
+    assert here.lookup(KEY) is None and "is gone" in here.examine(KEY).reason
+
+
+def test_a_missing_bucket_is_not_made_and_is_an_error_for_people(server, tmp_path):
+    import boto3
+
+    store = Store.open("s3://nobody/x", tmp_path)
+    assert store.lookup(KEY) is None
+    with pytest.raises(EnvironmentProblem, match="s3://nobody/x cannot be written"):
+        store.commit(fill(store, a="1"), "number", {}, KEY)
+    assert [bucket["Name"] for bucket in boto3.client("s3").list_buckets()["Buckets"]] == ["results"]
+
+
+def test_a_pipeline_runs_resumes_and_hits(machine, tmp_path):
+    calm, _ = go(pipeline(DIAMOND, seeds=(0, 1)), Store.open(tmp_path / "local"))
+    here, there = machine("a"), machine("b")
+    first, run = go(pipeline(DIAMOND, seeds=(0, 1)), here)
+    assert first.status == "finished" and first.artifacts == calm.artifacts
+    second, _ = go(pipeline(DIAMOND, seeds=(0, 1)), there)
+    assert second.hits == len(second.artifacts) and second.artifacts == first.artifacts
+    seen = RunStore(there).open(run.id)
+    assert seen.status == "finished" and seen.artifacts() == first.artifacts
+    assert [e.kind for e in seen.events()] == [e.kind for e in run.events()]
+    node = "squares/seed=0/item=0"
+    assert node in first.artifacts
+    assert seen.log_path(node).read_bytes() == run.log_path(node).read_bytes()
+
+
+def test_on_ray(ray_local, machine, tmp_path):
+    from orchestrator.executors.ray import RayExecutor
+
+    calm, _ = go(pipeline(DIAMOND), Store.open(tmp_path / "local"))
+    outcome, _ = go(pipeline(DIAMOND), machine("a"), RayExecutor())
+    again, _ = go(pipeline(DIAMOND), machine("b"), RayExecutor())
+    assert outcome.artifacts == calm.artifacts == again.artifacts and again.hits == len(again.artifacts)
+
+
+class TestClaims:
+    def test_one_of_many_gets_it(self, machine):
+        stores = [machine(str(number)) for number in range(6)]
+        got, barrier = [], threading.Barrier(6)
+
+        def want(store):
+            barrier.wait()
+            if store.try_lock(KEY) is not None:
+                got.append(store)
+
+        threads = [threading.Thread(target=want, args=(store,)) for store in stores]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(got) == 1
+
+    def test_it_is_given_back(self, machine):
+        here, there = machine("a"), machine("b")
+        lock = here.try_lock(KEY)
+        assert there.try_lock(KEY) is None and here.try_lock(KEY) is None
+        lock.release()
+        assert there.try_lock(KEY) is not None
+
+    def test_that_of_a_silent_holder_is_void_and_goes_to_one(self, machine):
+        dead = Claims(machine("a").blobs, beat_s=60.0, silent_s=2.0)
+        assert dead.take("x")
+        heirs = [Claims(machine("b").blobs, silent_s=2.0) for _ in range(4)]
+        assert not heirs[0].take("x")
+        time.sleep(3.2)
+        results = []
+        threads = [threading.Thread(target=lambda heir=heir: results.append(heir.take("x"))) for heir in heirs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert results.count(True) == 1
+        dead.release("x")  # it comes back and must not take what is no longer its own
+        assert dead.holder_of("x") in {heir.holder for heir in heirs}
+
+
+def test_a_second_run_on_another_machine_waits_and_hits(machine):
+    stages = {"s": {"kind": "sleepy", "config": {"steps": 30, "step_s": 0.05, "checkpoint_every": 5}}}
+    results = []
+
+    def work(name):
+        store = machine(name)
+        results.append((go(pipeline(stages), store)[0], store))
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.4)
+    for thread in threads:
+        thread.join()
+    (one, _), (two, _) = results
+    assert one.artifacts == two.artifacts and sorted([one.hits, two.hits]) == [0, 1]
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from orchestrator.runs import RunStore
+from orchestrator.store import Store
+from tests.support.pipelines import go, pipeline
+url, cache = sys.argv[1:]
+stages = {"s": {"kind": "sleepy", "config": {"steps": 400, "step_s": 0.02, "checkpoint_every": 10}}}
+spec, store = pipeline(stages), Store.open(url, Path(cache))
+go(spec, store, run=RunStore(store).create(spec, name="the-run"))
+"""
+
+
+def test_a_lost_machine_costs_what_came_after_the_last_copied_checkpoint(machine, url, tmp_path, monkeypatch):
+    """Its disk goes with it: run record, checkpoints and log come back from the store."""
+    stages = {"s": {"kind": "sleepy", "config": {"steps": 400, "step_s": 0.02, "checkpoint_every": 10}}}
+    monkeypatch.setattr(cluster_claims, "SILENT_S", 2.0)
+    monkeypatch.setattr(Claims.__init__, "__defaults__", (0.5, 2.0))
+    calm, _ = go(pipeline(stages), Store.open(tmp_path / "local"))
+    environment = {**os.environ, "MOEPIPE_SYNC_S": "0.3"}
+    lost = subprocess.Popen([sys.executable, "-c", DRIVER, url, str(tmp_path / "lost")], env=environment)
+    there = machine("there")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        done = [name for name in there.blobs.sizes("scratch") if not name.endswith(".stop")]
+        if done and json.loads(there.blobs.read(f"scratch/{done[-1]}") or b"{}").get("step", 0) >= 100:
+            break
+        time.sleep(0.1)
+    time.sleep(5.5)  # one round of the record
+    lost.kill()
+    lost.wait()
+    run = RunStore(there).open("the-run")
+    time.sleep(2.5)
+    outcome, again = go(pipeline(stages), there, run=run)
+    assert outcome.status == "finished" and outcome.artifacts == calm.artifacts
+    log = again.log_path("s/seed=0").read_text()
+    resumed = int(log.split("continues at step ")[1].split()[0])
+    assert resumed >= 100 and "starts at step 0" not in log.split("continues at step")[1]
+    kinds = [event.kind for event in again.events()]
+    assert kinds.count("run-started") == 2 and kinds[-1] == "run-finished"
+    assert there.blobs.names("scratch") == []
+
+
+def test_a_live_run_cannot_be_driven_twice_and_can_be_followed_and_cancelled(machine):
+    stages = {"s": {"kind": "sleepy", "config": {"steps": 2000, "step_s": 0.02, "checkpoint_every": 5}}}
+    here, there = machine("a"), machine("b")
+    spec = pipeline(stages)
+    run = RunStore(here).create(spec)
+    stop = threading.Event()
+    work = threading.Thread(target=lambda: go(spec, here, InlineExecutor(), run=run, stop=stop))
+    work.start()
+    try:
+        deadline = time.monotonic() + 30
+        while not there.blobs.sizes(f"runs/{run.id}") and time.monotonic() < deadline:
+            time.sleep(0.1)
+        seen = RunStore(there).open(run.id)
+        with pytest.raises(BusyError, match=run.id), seen.lock():
+            pass
+        assert any(event.kind == "run-started" for event, _ in seen.follow())
+        seen.request_stop()
+        while not (run.path / "cancel").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert (run.path / "cancel").exists()
+    finally:
+        stop.set()
+        work.join()
+    assert RunStore(there).open(run.id).status == "interrupted"
+
+
+def test_gc_frees_what_no_run_uses(machine):
+    here, there = machine("a"), machine("b")
+    first, run = go(pipeline({"n": {"kind": "numbers", "config": {"count": 4}}}), here)
+    second, kept = go(pipeline({"n": {"kind": "numbers", "config": {"count": 2}}}), here)
+    there.blobs.write("scratch/" + "ee" * 32 + "/left", b"x")
+    garbage = gc.survey(there, keep_last=1)
+    assert garbage.runs == [run.id] and set(garbage.artifacts) == (
+        set(first.artifacts.values()) - set(second.artifacts.values())
+    )
+    gc.collect(there, garbage)
+    assert there.digests() == sorted(set(second.artifacts.values())) and there.blobs.names("scratch") == []
+    assert [item.id for item in RunStore(machine("c")).list()] == [kept.id]
+
+
+def test_an_outage_is_waited_for_and_then_told(server, url, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEPIPE_STORE_PATIENCE_S", "5")
+    store = Store.open(url, tmp_path / "x")
+    made = store.commit(fill(store, a="1"), "number", {}, KEY)
+    real, calls = store.blobs.fs.cat_file, []
+
+    def away(*args, **options):
+        calls.append(args)
+        if len(calls) < 4:
+            raise ConnectionResetError("away")
+        return real(*args, **options)
+
+    monkeypatch.setattr(store.blobs.fs, "cat_file", away)
+    assert store.artifact(made.digest) == made and len(calls) >= 4
+    monkeypatch.setenv("MOEPIPE_STORE_PATIENCE_S", "0.5")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    import s3fs
+
+    gone = Store.open(url, tmp_path / "y")
+    gone.blobs.fs = s3fs.S3FileSystem(
+        skip_instance_cache=True, endpoint_url="http://127.0.0.1:9", use_listings_cache=False
+    )
+    with pytest.raises(EnvironmentProblem, match="does not answer"):
+        gone.lookup(KEY)
