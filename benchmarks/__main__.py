@@ -29,6 +29,8 @@ NAMES = (
     "teaching_pairs",
     "compare",
     "serve",
+    "search",
+    "scheduler",
 )
 
 

@@ -39,7 +39,7 @@ def run(sizes: Sizes) -> list[Row]:
         parallel = _seconds(_pipeline(steps), store, RayExecutor(num_cpus=cores), data_root)
         # Another seed: the same work, and nothing of it is in the cache.
         serial = _seconds(_pipeline(steps, seed=1), store, InlineExecutor(), data_root)
-        alone, together = _plain(1, 5 if quick else 400), _plain(cores, 5 if quick else 400)
+        alone, together = plain_processes(1, 5 if quick else 400), plain_processes(cores, 5 if quick else 400)
     what = f"expert stage, {EXPERTS} members of {steps} steps on {cores} cores (wall time)"
     note = (
         f"parallel efficiency {serial / parallel / cores:.2f}, asked for 0.90; plain processes {alone / together:.2f}"
@@ -69,7 +69,7 @@ print(time.perf_counter() - begin)
 """
 
 
-def _plain(processes: int, steps: int) -> float:
+def plain_processes(processes: int, steps: int) -> float:
     """Seconds of the slowest of some processes that train at the same time and share nothing."""
     command = [sys.executable, "-c", _STEPS, str(steps)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

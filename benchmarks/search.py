@@ -51,7 +51,7 @@ def once(trials: int, seconds: float, store: Store, cpus: float) -> tuple[float,
     pipeline = spec(trials, seconds)
     graph = build_graph(pipeline)
     run = RunStore(store).create(pipeline)
-    executor = RayExecutor(num_cpus=cpus, preload=("tests.support.toy_stages", "orchestrator.search_run"))
+    executor = RayExecutor(num_cpus=cpus, preload=("orchestrator.search_run",))
     executor.connect()
     time.sleep(3)  # the actors that a run starts with Ray are there by then
     start = time.perf_counter()

@@ -17,6 +17,7 @@ export MOEPIPE_DATA="${MOEPIPE_DATA:-$HOME/moepipe/data}"
 export PATH="$HOME/moepipe/venv/bin:$PATH"
 export RAY_USAGE_STATS_ENABLED=0 # nothing is reported to anybody
 export MLFLOW_DISABLE_TELEMETRY=true
+export RAY_JOB_STOP_WAIT_TIME_S=120 # `moepipe cluster cancel` waits for the members' checkpoints
 export RAY_TRAIN_ENABLE_PRINT_PATCH=0
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
 export DS_BUILD_OPS=0 # DeepSpeed compiles nothing while it is installed

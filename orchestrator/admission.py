@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from orchestrator.capacity import Capacity, Ledger, rank_demand, require_fit
 from orchestrator.graph import Graph
 
+Shape = tuple[int | tuple[str, float], ...]
 PATIENCE_S = 30.0
 PENDING_S = 300.0
 
@@ -26,6 +27,7 @@ class Admission:
         self._ledger: Ledger | None = None
         self._passed_over: dict[str, float] = {}
         self._reserved: set[str] = set()
+        self._full: set[Shape] = set()
         self._starved: float | None = None
         self._slots: dict[str, int] = {}
 
@@ -35,25 +37,33 @@ class Admission:
         Raises:
             InfeasibleError: one of ``names`` can never run.
         """
+        if self._ledger is not None:
+            return
         capacity = self._capacity()
-        if capacity is not None and self._ledger is None:
+        if capacity is not None:
             require_fit([(name, self._graph.nodes[name].resources) for name in names], capacity)
             self._ledger = Ledger(capacity)
 
     def new_round(self) -> None:
         """Begin a pass over the ready nodes, longest first."""
         self._reserved = set()
+        self._full = set()
 
     def take(self, name: str) -> bool:
         """Take a node's resources. One that was passed over for long keeps smaller ones off what it waits for."""
         if self._ledger is None:
             return True
         resources = self._graph.nodes[name].resources
-        wanted = set(rank_demand(resources))
-        if not (wanted & self._reserved) and self._ledger.take(name, resources):
-            self._passed_over.pop(name, None)
-            self._widen(name)
-            return True
+        demand = rank_demand(resources)
+        shape: Shape = (resources.workers, *sorted(demand.items()))
+        wanted = set(demand)
+        # A thousand ready members are mostly of one shape: when one does not fit, others of the round do not either.
+        if shape not in self._full and not (wanted & self._reserved):
+            if self._ledger.take(name, resources):
+                self._passed_over.pop(name, None)
+                self._widen(name)
+                return True
+            self._full.add(shape)
         now = time.monotonic()
         if now - self._passed_over.setdefault(name, now) > PATIENCE_S:
             self._reserved |= wanted

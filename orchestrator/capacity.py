@@ -6,7 +6,7 @@ Amounts are plain dictionaries: ``cpus``, ``gpus``, ``memory_gb`` and custom res
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +80,10 @@ class Ledger:
             placed.append((index, demand))
         self._taken[node] = placed
         return True
+
+    def machines(self, nodes: Iterable[str]) -> set[int]:
+        """Numbers of the machines on which these nodes have taken something."""
+        return {index for node in nodes for index, _ in self._taken.get(node, [])}
 
     def give_back(self, node: str) -> None:
         """Free what ``node`` took (nothing when it took nothing)."""

@@ -15,6 +15,7 @@ import typer
 from orchestrator import cli_options as opt
 
 if TYPE_CHECKING:
+    from orchestrator.cluster_doctor import NodeReport
     from orchestrator.cluster_jobs import Jobs
     from orchestrator.graph import Graph
     from orchestrator.spec import PipelineSpec
@@ -178,7 +179,7 @@ class Submission:
         }
 
 
-def submit_remote(given: Submission, where: str, detach: bool, program: str = "moepipe") -> None:
+def submit_remote(given: Submission, where: str, detach: bool) -> None:
     """Hand a pipeline to a cluster; follow it to its end unless ``detach``, and end with its exit code."""
     from orchestrator import console
     from orchestrator.cluster_jobs import Jobs
@@ -188,7 +189,7 @@ def submit_remote(given: Submission, where: str, detach: bool, program: str = "m
     name = given.run or f"{given.spec.name}-{stamp}-{secrets.token_hex(2)}"
     with address_of(where) as address:
         there = Jobs(address)
-        job, new = there.submit(name, given.document(name), program)
+        job, new = there.submit(name, given.document(name))
         console.note(f"{name}: {f'submitted to {where}' if new else f'is running at {where} already'} as job {job}")
         if not detach:
             _follow(there, job, name, where)
@@ -217,3 +218,53 @@ def _follow(there: Jobs, job: str, run: str, where: str) -> None:
     if ended.exit_code:
         console.note(f"{job}: {ended.status.lower()}, exit code {ended.exit_code}")
         raise typer.Exit(ended.exit_code)
+
+
+def doctor_nodes(where: str, store: str, data: Path, json: bool) -> None:
+    """`moepipe doctor --cluster`: the checks of every node in one table, with what to do."""
+    from moe.errors import EnvironmentProblem
+    from orchestrator import console
+    from orchestrator.cluster_doctor import examine_cluster, from_json, to_json
+    from orchestrator.cluster_jobs import Jobs
+    from orchestrator.cluster_tunnel import address_of
+
+    if where.endswith((".yaml", ".yml")) or where.startswith(("http://", "https://")):
+        with address_of(where) as address:
+            there = Jobs(address)
+            ended = there.run_command("doctor", ["doctor", "--cluster", "auto", "--json"])
+            reports = from_json(there.logs(ended.job))
+    else:
+        local = Path(opt.DEFAULT_STORE if "://" in store else store).absolute()
+        tracking = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local / 'mlflow.db'}"
+        reports = examine_cluster(where, store, str(data.absolute()), tracking)
+    failed = sorted({report.node for report in reports if report.failed})
+    if json:
+        console.emit_json(to_json(reports))
+        raise typer.Exit(EnvironmentProblem.exit_code if failed else 0)
+    _show_nodes(reports)
+    if failed:
+        raise EnvironmentProblem(
+            f"{len(failed)} of {len(reports)} nodes cannot run pipelines: {', '.join(failed)}.",
+            "The fixes stand above.",
+        )
+
+
+def _show_nodes(reports: list[NodeReport]) -> None:
+    """One line of what is well on a node, one for each thing that is not, and the fixes once each."""
+    from orchestrator import console
+
+    rows, fixes = [], {}
+    for report in reports:
+        name = f"{report.node} (head)" if report.head else report.node
+        amounts = ", ".join(f"{value:g} {key}" for key, value in report.resources.items() if key in ("CPU", "GPU"))
+        good = list(dict.fromkeys(check.name for check in report.checks if check.status == "ok"))
+        rows.append((name, "resources", "", amounts or "none"))
+        rows.append((name, f"{len(good)} checks", "ok", ", ".join(good)))
+        for check in report.checks:
+            if check.status != "ok":
+                rows.append((name, check.name, check.status, check.detail))
+                fixes[check.name] = check.fix
+    console.show_table(("node", "check", "", "seen"), rows)
+    for name, fix in fixes.items():
+        if fix:
+            console.say(f"{name}: {fix}")

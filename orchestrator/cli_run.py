@@ -113,7 +113,7 @@ def drive_run(run: Run, store: Store, on: str, data_root: Path, quiet: bool, jso
     if error is not None:
         raise error
     document = result.describe(run, graph, store, driven)
-    document |= result.describe_sweep(run, graph, store, driven)
+    document |= result.describe_search(run, graph, store, driven)
     if json:
         console.emit_json(console.finite({**document, "tracking": result.describe_tracking(driven.tracking())}))
         return
@@ -134,16 +134,23 @@ def plan(
 ) -> None:
     """Say what submit would do: hit or miss for each member and why, resources, time."""
     from orchestrator import cli_plan, console
+    from orchestrator.cluster_fit import fits
+    from orchestrator.cluster_fit import to_json as fit_json
     from orchestrator.plan import make_plan
     from orchestrator.store import Store
 
     spec, graph, _ = _load_any(pipeline, profile, overrides, seeds, sweep)
     place, root = Store.open(store), opt.data_root(data, store)
-    made = make_plan(graph, place, data_root=root, capacity=cli_plan.capacity_of(on, place))
+    capacity = cli_plan.capacity_of(on, place)
+    made = make_plan(graph, place, data_root=root, capacity=capacity)
+    todo = [name for name, entry in made.entries.items() if entry.state != "hit"]
+    room = fits(graph, todo, capacity) if capacity is not None else []
     if json:
-        console.emit_json(console.finite({"pipeline": spec.name, "on": on, **made.to_json()}))
+        console.emit_json(console.finite({"pipeline": spec.name, "on": on, **made.to_json(), "fit": fit_json(room)}))
     else:
         cli_plan.show(made)
+        if room:
+            console.say("at once: " + ", ".join(fit.words() for fit in room))
     made.require_feasible()
 
 

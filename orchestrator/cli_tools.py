@@ -79,10 +79,22 @@ def init(
 def doctor(
     store: opt.StoreUrl = opt.DEFAULT_STORE,
     data: opt.DataRoot = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            "--cluster", metavar="WHERE", help="Check every node: auto (this is one), YAML, http://host:8265."
+        ),
+    ] = None,
     json: opt.Json = False,
 ) -> None:
     """Check this machine: versions, disk, data, tracking, ports. Every problem comes with a fix."""
     import os
+
+    if cluster is not None:
+        from orchestrator.cli_cluster import doctor_nodes
+
+        doctor_nodes(cluster, store, opt.data_root(data, store), json)
+        return
 
     from moe.errors import EnvironmentProblem
     from orchestrator import console

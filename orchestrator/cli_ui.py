@@ -36,17 +36,20 @@ class Link:
     url: str
 
 
-def links(store: Store, base: str) -> list[Link]:
-    """Links for the newest tracked run: itself, its seeds side by side by stage, earlier runs beside it, all curves."""
+def links(store: Store, base: str, uri: str) -> list[Link]:
+    """Links for the newest run tracked at ``uri``.
+
+    Itself, the saved view, its seeds side by side by stage, earlier runs beside it, all curves.
+    """
     tracked = [(run, TrackingState.load(state_path(store, run.id))) for run in RunStore(store).list()[:_RUNS_LOOKED_AT]]
-    tracked = [(run, state) for run, state in tracked if state.runs.get("")]
+    tracked = [(run, state) for run, state in tracked if state.runs.get("") and state.uri == uri]
     if not tracked:
         return []
     newest, state = tracked[0]
     found = [Link(f"run {newest.id}", run_link(base, state.experiment, state.runs[""]))]
     found += _views(store, state, base)
     found += _seeds(newest, state, base)
-    same = [other.runs[""] for _, other in tracked if (other.experiment, other.uri) == (state.experiment, state.uri)]
+    same = [other.runs[""] for _, other in tracked if other.experiment == state.experiment]
     if len(same) > 1:
         title = f"the last {len(same[:_COMPARED_RUNS])} runs of this pipeline"
         found.append(Link(title, comparison_link(base, state.experiment, same[:_COMPARED_RUNS])))
@@ -151,7 +154,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _print(store: Store, base: str, uri: str, as_json: bool) -> None:
-    found = links(store, base)
+    found = links(store, base, uri)
     if as_json:
         console.emit_json({"base": base, "uri": uri, "pid": os.getpid(), "links": [vars(link) for link in found]})
         return

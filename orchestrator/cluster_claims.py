@@ -45,6 +45,7 @@ class Claims:
         self._held: set[str] = set()
         self._guard = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._beaten = -beat_s
 
     def take(self, name: str) -> bool:
         """Claim ``name`` for this process; False when another live process has it.
@@ -83,14 +84,27 @@ class Claims:
         except (ValueError, KeyError, TypeError):
             return None
 
+    def sweep(self) -> None:
+        """Remove the claims and beats of holders that are gone."""
+        beats = self._blobs.names("claims/holders")
+        gone = {name.removesuffix(".json") for name in beats if not self._alive(name.removesuffix(".json"))}
+        for name in self._blobs.names("claims"):
+            holder = self.holder_of(name.removesuffix(".json")) if name.endswith(".json") else None
+            if holder in gone:
+                self._blobs.remove(f"claims/{name}")
+        for holder in gone:
+            self._blobs.remove(_beat(holder))
+
     def _alive(self, holder: str) -> bool:
+        self._beat_now()  # so that the store's clock is known
         last = self._blobs.modified(_beat(holder))
         now = self._blobs.modified(_beat(self.holder))
         return last is not None and now is not None and now - last < self._silent_s
 
     def _begin(self) -> None:
-        """Beat now, so that the store's clock is known, and go on in a thread as long as something is held."""
-        self._blobs.write(_beat(self.holder), b"{}")
+        """Beat before the first claim, and go on in a thread as long as something is held."""
+        if time.monotonic() - self._beaten > self._beat_s / 2:
+            self._beat_now()
         with self._guard:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._beat_on, name="moepipe-claims", daemon=True)
@@ -101,7 +115,11 @@ class Claims:
             time.sleep(self._beat_s)
             if self._held:
                 with suppress(MoepipeError):
-                    self._blobs.write(_beat(self.holder), b"{}")
+                    self._beat_now()
+
+    def _beat_now(self) -> None:
+        self._blobs.write(_beat(self.holder), b"{}")
+        self._beaten = time.monotonic()
 
 
 def _place(name: str) -> str:

@@ -177,15 +177,16 @@ def to_json(reports: list[NodeReport]) -> dict[str, Any]:
 
 
 def from_json(text: str) -> list[NodeReport]:
-    """Back from what a job printed: its last line that is such a document.
+    """Back from what a job printed: the last such document in it.
 
     Raises:
         EnvironmentProblem: there is none.
     """
-    for line in reversed(text.splitlines()):
+    lines = text.splitlines()
+    for start in (index for index in range(len(lines) - 1, -1, -1) if lines[index] == "{"):
         with suppress(ValueError, KeyError, TypeError):
-            nodes = json.loads(line)["nodes"]
+            nodes = json.JSONDecoder().raw_decode("\n".join(lines[start:]))[0]["nodes"]
             reports = [NodeReport(**node) for node in nodes]
             return [replace(item, checks=tuple(Check(**check) for check in item.checks)) for item in reports]  # type: ignore[arg-type]
-    last = [line for line in text.splitlines() if line.strip()][-1:]
+    last = [line for line in lines if line.strip()][-1:]
     raise EnvironmentProblem(f"The cluster's answer cannot be read: {last[0][:200] if last else 'empty'}.")

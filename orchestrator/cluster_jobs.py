@@ -22,9 +22,13 @@ from typing import Any
 from moe.errors import EnvironmentProblem, NotFoundError
 
 SUBMISSION = "submission.json"
-PROGRAM = "moepipe"
 _RUNNING = ("PENDING", "RUNNING")
 _POLL_S = 0.5
+
+
+def _program() -> str:
+    """How moepipe is called on the cluster."""
+    return os.environ.get("MOEPIPE_REMOTE_PROGRAM", "moepipe")
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Jobs:
         ]
         return sorted(mine, key=lambda name: 1 if name == run else int(name.rpartition(".")[2]))
 
-    def submit(self, run: str, submission: Mapping[str, Any], program: str = PROGRAM) -> tuple[str, bool]:
+    def submit(self, run: str, submission: Mapping[str, Any]) -> tuple[str, bool]:
         """Start a job for ``run``, or find the one that is running.
 
         Returns:
@@ -90,7 +94,7 @@ class Jobs:
             (Path(folder) / SUBMISSION).write_text(json.dumps(submission))
             try:
                 self._client.submit_job(
-                    entrypoint=f"{program} cluster drive {SUBMISSION}",
+                    entrypoint=f"{_program()} cluster drive {SUBMISSION}",
                     submission_id=job,
                     runtime_env={"working_dir": folder},
                     metadata={"moepipe_run": run},
@@ -104,7 +108,7 @@ class Jobs:
     def run_command(self, name: str, words: list[str]) -> Ended:
         """Run a command of moepipe on the head and wait; its output is that of :meth:`logs`."""
         job = f"{name}-{int(time.time() * 1000):x}"
-        self._client.submit_job(entrypoint=shlex.join([PROGRAM, *words]), submission_id=job)
+        self._client.submit_job(entrypoint=f"{_program()} {shlex.join(words)}", submission_id=job)
         while self.status(job) in _RUNNING:
             time.sleep(_POLL_S)
         return self.ended(job)

@@ -41,6 +41,7 @@ class StoredRun(Run):
         self._place = f"runs/{self.id}"
         self._pulled = 0.0
         self._writing = False
+        self._logs: set[str] = set()
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
@@ -54,6 +55,8 @@ class StoredRun(Run):
             here = self.path / name
             if name not in sizes:
                 here.unlink(missing_ok=True)
+            elif name.startswith("logs/") and name not in self._logs:
+                continue  # members' logs are fetched when they are asked for
             elif name == "owner.json" or not here.exists() or here.stat().st_size < sizes[name]:
                 with suppress(FileNotFoundError):
                     self._blobs.download(f"{self._place}/{name}", here)
@@ -85,8 +88,12 @@ class StoredRun(Run):
 
     def log_path(self, node: str) -> Path:
         """See :class:`orchestrator.runs.Run`; the file is fetched when it is not here."""
-        self.refresh()
-        return super().log_path(node)
+        path = super().log_path(node)
+        name = path.relative_to(self.path).as_posix()
+        if name not in self._logs:
+            self._logs.add(name)
+            self.refresh(now=True)
+        return path
 
     def request_stop(self) -> None:
         """See :class:`orchestrator.runs.Run`."""
@@ -113,6 +120,7 @@ class StoredRun(Run):
             with super().lock():
                 self._writing = True
                 (self.path / _COPY).unlink(missing_ok=True)
+                self._blobs.remove(f"{self._place}/cancel")  # an old wish to stop is void
                 copier = _Copier(self, self._store)
                 copier.copy()
                 copier.start()
@@ -126,10 +134,6 @@ class StoredRun(Run):
         finally:
             self._writing = False
             claims.release(f"run-{self.id}")
-
-    def publish(self) -> None:
-        """Copy what is there into the store once (a run that was only made)."""
-        _Copier(self, self._store).copy()
 
 
 class _Copier(threading.Thread):
@@ -159,7 +163,8 @@ class _Copier(threading.Thread):
     def copy(self) -> int:
         """One round; returns the bytes written."""
         written = 0
-        for path in sorted(self._run.path.rglob("*")):
+        # The events last: who sees the end of a run finds the rest of it there.
+        for path in sorted(self._run.path.rglob("*"), key=lambda path: (path.name == "events.jsonl", path)):
             name = path.relative_to(self._run.path).as_posix()
             if not path.is_file() or path.name.startswith(".") or name in _NOT_COPIED:
                 continue

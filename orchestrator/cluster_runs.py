@@ -1,7 +1,7 @@
 """Runs with a name of the caller's choosing: submitting the same name again continues instead of beginning anew.
 
-That is what makes a restarted head, a requeued Slurm job and a retried Kubernetes job cheap: what was finished is a hit,
-what was cut off goes on from its checkpoints.
+That is what makes a restarted head, a requeued Slurm job and a retried Kubernetes job cheap: what was finished is a
+hit, what was cut off goes on from its checkpoints.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a cluster's YAML to an address: its token, and an ssh tunnel to the dashboard, which listens on loopback only."""
+"""From a cluster's YAML to an address: its token, and an ssh tunnel to the dashboard (it listens on loopback only)."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from orchestrator.codedigest import code_digests
 from orchestrator.executors.base import Cause, Signal, Task
 from orchestrator.policies import classify
 from orchestrator.reporting import Emit, TaskReporter
-from orchestrator.stages.base import Member, StageBase
+from orchestrator.stages.base import STAGES, Member, StageBase
 from orchestrator.store import Store
 from orchestrator.system_metrics import SystemMetrics
 from workers.context import Input
@@ -146,6 +146,8 @@ def _check_code(task: Task, stage: StageBase[Any], config: Any) -> None:
 
 def _produce(task: Task, store: Store, launcher: Launcher, reporter: TaskReporter) -> Artifact:
     """Import the stage, run it and commit its output."""
+    for kind, module in task.kinds.items():  # those that the driver added by hand are unknown here
+        STAGES.add(kind, module)
     stage: StageBase[Any] = importlib.import_module(task.module).Stage()
     config = type(stage).Config.model_validate(task.config)
     _check_code(task, stage, config)

@@ -192,26 +192,32 @@ def _model(path: str, model: type[BaseModel], below: list[str], presets: Presets
     presets = presets_of(model) if presets is None else presets
     if not below:
         fields = tuple(model_fields(model, presets))
-        more = tuple(f"{path}.{name}" for name, info in model.model_fields.items() if inner_model(info.annotation))
+        more = tuple(f"{path}.{name}" for name, info in model.model_fields.items() if inner_models(info.annotation))
         return Explanation(path, _clean(model.__doc__), fields, more)
     names = {item.name: item for item in model_fields(model, presets)}
     if below[0] not in names:
         raise _unknown(path, below[0], list(names))
-    inner = inner_model(model.model_fields[below[0]].annotation)
+    inner = inner_models(model.model_fields[below[0]].annotation)
     if len(below) == 1:
-        fields = tuple(model_fields(inner, inside(presets, below[0]))) if inner else ()
-        return Explanation(path, "", (names[below[0]], *fields))
-    if inner is None:
+        listed = {f.name: f for kind in reversed(inner) for f in model_fields(kind, inside(presets, below[0]))}
+        return Explanation(path, "", (names[below[0]], *listed.values()))
+    if not inner:
         raise _unknown(path, below[1], [])
-    return _model(path, inner, below[1:], inside(presets, below[0]))
+    chosen = next((kind for kind in inner if below[1] in kind.model_fields), inner[0])
+    return _model(path, chosen, below[1:], inside(presets, below[0]))
 
 
 def inner_model(annotation: Any) -> type[BaseModel] | None:
     """The model inside a type, if there is exactly one."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    found = [model for part in get_args(annotation) if (model := inner_model(part))]
+    found = inner_models(annotation)
     return found[0] if len(found) == 1 else None
+
+
+def inner_models(annotation: Any) -> list[type[BaseModel]]:
+    """The models inside a type; several where a field takes one of several forms."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in inner_models(part)]
 
 
 def _clean(text: str | None) -> str:

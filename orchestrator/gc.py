@@ -148,6 +148,8 @@ def collect(store: Store, garbage: Garbage) -> None:
         store.forget(key)
     for digest in garbage.artifacts:
         store.remove(digest)
+    if not store.is_local:
+        store.claims().sweep()
     for key in garbage.copies:
         store.blobs.remove(f"scratch/{key}")
     for path in garbage.scratch:

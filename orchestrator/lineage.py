@@ -225,5 +225,5 @@ def _details(origin: Origin) -> Iterator[str]:
     if origin.data:
         rows = ", ".join(f"{split} {count}" for split, count in (origin.data.get("rows") or {}).items())
         yield f"data    {origin.data.get('dataset', '')} {str(origin.data.get('digest', ''))[:12]} ({rows})"
-    if not origin.key:
+    if not origin.code:
         yield "the record of its key is gone: settings and code are unknown"

@@ -62,14 +62,19 @@ def describe(run: Run, graph: Graph, store: Store, driven: Driven) -> dict[str, 
     }
 
 
-def describe_sweep(run: Run, graph: Graph, store: Store, driven: Driven) -> dict[str, Any]:
-    """``sweep``: the values and scores of every point of ``--sweep``; nothing for a run without one."""
+def describe_search(run: Run, graph: Graph, store: Store, driven: Driven) -> dict[str, Any]:
+    """``searches``: what each search found; ``sweep``: the scores of every point of ``--sweep``, if any."""
     points = (run.info.get("options") or {}).get("sweep")
-    if not points:
-        return {}
-    from orchestrator.sweeping import sweep_table
+    found: dict[str, Any] = {}
+    if any(view.stage.leads for view in graph.stages.values()):
+        from orchestrator.search_result import describe_searches
 
-    return {"sweep": sweep_table(points, graph, driven.outcome.artifacts, store)}
+        found["searches"] = describe_searches(graph, store, driven.outcome.artifacts)
+    if points:
+        from orchestrator.sweeping import sweep_table
+
+        found["sweep"] = sweep_table(points, graph, driven.outcome.artifacts, store)
+    return found
 
 
 def describe_tracking(state: TrackingState | None) -> dict[str, Any] | None:
@@ -91,6 +96,10 @@ def show(document: dict[str, Any]) -> None:
         table = Path(report["path"]) / TABLE
         if table.exists():
             console.say("", table.read_text(encoding="utf-8").rstrip(), "")
+    if document.get("searches"):
+        from orchestrator.search_result import search_lines
+
+        console.say("", *search_lines(document["searches"]), "")
     if document.get("sweep"):
         from orchestrator.sweeping import table_lines
 

@@ -192,7 +192,7 @@ class Search:
         rows = self.rows()
         best = best_row(rows, self.config.modes)
         said = {"done": _numbers(row.objective or []), "failed": f"failed: {row.error}"}.get(row.state, row.state)
-        where = {"store": " (from the store)", "earlier": " (of an earlier search)"}.get(source, "")
+        where = {"store": " (from the store)", "earlier": " (made earlier)"}.get(source, "")
         self.context.log(f"trial {row.number}: {said}{where}  {shown(row.values)}")
         values = {}
         if row.objective:

@@ -49,4 +49,5 @@ def make_task(graph: Graph, node: Node, key: Key, inputs: Inputs, attempt: int, 
         weight=node.member.weight,
         leads=stage.leads,
         slots=slots,
+        kinds={kind: STAGES.module_name(kind) for kind in stage.kinds(node.config)},
     )

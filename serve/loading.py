@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -232,18 +233,21 @@ def _of_run(source: str, store: Store) -> Parts:
             f"{source!r} is not a folder, an artifact's digest or a run of {store.url}.", error.hint
         ) from None
     made = _results(run)
-    kinds = {name: store.artifact(digest).kind for name, digest in made.items()}
+    found = {name: store.artifact(digest) for name, digest in made.items()}
     if node:
         if node not in made:
             raise NotFoundError(f"Run {run.id} has no finished member {node!r}.", f"It has: {', '.join(made)}.")
         return _stored(store, made[node], run.spec().name)
-    students = [name for name in sorted(made, key=_natural) if kinds[name] == "student"]
-    models = [name for name in sorted(made, key=_natural) if kinds[name] in _MODELS]
+    ordered = sorted(made, key=_natural)
+    students = [name for name in ordered if found[name].kind == "student"]
+    models = [name for name in ordered if found[name].kind in _MODELS and MODEL_FILE in found[name].files]
     chosen = students[:1] or models
     if not chosen:
         raise NotFoundError(f"Run {run.id} has made no model yet.", f"See `moepipe status {run.id}`.")
     if len(chosen) > 1:
-        raise SpecError(f"Run {run.id} has {len(chosen)} models.", f"Choose one: {run.id}/{chosen[0]}, ...")
+        raise SpecError(
+            f"Run {run.id} has {len(chosen)} models.", f"Choose one: {shlex.quote(f'{run.id}/{chosen[0]}')}, ..."
+        )
     return _stored(store, made[chosen[0]], run.spec().name)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from workers.figures import MARKERS, PALETTE, new_figure, png, styled
 
-_MOST_ROWS = 40
+_MOST_ROWS, _MOST_NAMED = 40, 24
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,15 @@ class Line:
     flops: float | None = None
 
 
+def _marker(number: int) -> str:
+    """Another marker when the colours begin anew."""
+    return MARKERS[(number + number // len(PALETTE)) % len(MARKERS)]
+
+
 @styled
 def domain_points(lines: Sequence[Line], domains: Sequence[str], unit: str) -> bytes:
     """Score by domain and row: points with standard errors, one band of rows for each domain, averages at the right."""
-    shown = lines[: len(PALETTE)]
+    shown = lines[:_MOST_NAMED]
     names = [*domains, "average"] if len(domains) > 1 else list(domains)
     figure, axes = new_figure(min(12.0, max(6.8, 1.6 + 0.4 * len(names) + 0.1 * len(names) * len(shown))), 4.2)
     width = 0.76 / len(shown)
@@ -53,7 +58,7 @@ def domain_points(lines: Sequence[Line], domains: Sequence[str], unit: str) -> b
             [place - 0.38 + width * (number + 0.5) for place in places],
             [mean for mean, _ in values],
             yerr=[error for _, error in values],
-            fmt=MARKERS[number % len(MARKERS)],
+            fmt=_marker(number),
             color=PALETTE[number % len(PALETTE)],
             markersize=6,
             elinewidth=1.2,
@@ -103,19 +108,18 @@ def cost_points(lines: Sequence[Line], unit: str, by: str) -> bytes:
             getattr(line, by),
             line.average[0],
             yerr=line.average[1],
-            fmt=MARKERS[number % len(MARKERS)],
+            fmt=_marker(number),
             color=PALETTE[number % len(PALETTE)],
             markersize=7,
             capsize=2,
             elinewidth=1.2,
-            label=line.label if len(shown) <= len(PALETTE) else None,
+            label=line.label if number < _MOST_NAMED else None,
         )
     values = [getattr(line, by) for _, line in shown]
     if max(values) > 10 * min(values):
         axes.set_xscale("log")
     axes.set_xlabel("device-hours to train one model" if by == "hours" else "floating point operations of one image")
     axes.set_ylabel(unit)
-    if len(shown) <= len(PALETTE):
-        axes.legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     axes.set_title("Score against training cost" if by == "hours" else "Score against cost of a prediction")
     return png(figure)

@@ -18,7 +18,7 @@ from workers.features import FeatureTable
 from workers.loop import mix
 from workers.modelfile import load_aggregator, load_student
 from workers.protocols import domain_rows
-from workers.transforms import transform_for
+from workers.transforms import Transform, TransformSpec, transform_for
 
 if TYPE_CHECKING:
     import torch
@@ -59,12 +59,17 @@ def evaluate_member(data: DomainData, settings: EvaluateSettings, context: Conte
     methods = standard_methods(models, adaptations, data.info.task, settings.labels)
     if not methods:
         raise SpecError("There is nothing to evaluate.", "Wire erm, student, aggregator or oracle to the stage.")
-    size = settings.image_size or wired.image_size()
+    transform = wired.transform() or transform_for(
+        data.info,
+        settings.image_size or wired.image_size(),
+        train=False,
+        official_rxrx1_eval=settings.official_rxrx1,
+    )
     result = evaluate_methods(
         data,
         domain_rows(data, settings.split, settings.protocol, settings.support, settings.limit),
         methods,
-        transform_for(data.info, size, train=False, official_rxrx1_eval=settings.official_rxrx1),
+        transform,
         EvaluationOptions(
             split=settings.split,
             protocol=settings.protocol,
@@ -143,12 +148,19 @@ class _Wired:
 
     def image_size(self) -> int | None:
         """Side of the images that the networks were trained on."""
-        for port in ("student", "erm", "oracle"):
-            artifact = self.one(port)
-            if artifact is not None:
-                size: int | None = artifact.meta.get("image_size")
-                return size
-        return None
+        networks = self._networks()
+        return networks[0].meta.get("image_size") if networks else None
+
+    def transform(self) -> Transform | None:
+        """The preprocessing that the network was trained behind, where its record says so."""
+        records = [artifact.meta["transform"] for artifact in self._networks() if "transform" in artifact.meta]
+        if any(record != records[0] for record in records):
+            raise SpecError("The networks want different preprocessing.", "Evaluate them in a stage each.")
+        return Transform(TransformSpec(**records[0])) if records else None
+
+    def _networks(self) -> list[Input]:
+        found = (self.one(port) for port in ("student", "erm", "oracle"))
+        return [artifact for artifact in found if artifact is not None]
 
     def budgets(self) -> dict[str, Any]:
         """Steps that each network was trained for, for the record."""

@@ -58,7 +58,8 @@ def model_cost(model: nn.Module, forwards: Sequence[Callable[[], object]]) -> Co
     known = {torch.ops.mkldnn._linear_pointwise: _product} if onednn_available() else {}
     with torch.no_grad(), use_kernel("loop"):
         for forward in forwards:
-            with _unused(model) as unused, FlopCounterMode(display=False, custom_mapping=known) as counter:
+            counter = FlopCounterMode(display=False, custom_mapping=known)
+            with _frozen(model), _unused(model) as unused, counter:
                 forward()
             active.append(total - sum(unused))
             flops.append(counter.get_total_flops())
@@ -71,6 +72,19 @@ def _product(x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__:
     for size in x_shape[:-1]:
         rows *= size
     return 2 * rows * x_shape[-1] * weight_shape[0]
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter wants a gradient: the counter would ask one that enters a layer directly for its graph."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from workers.jetpack_train import CURVE
 from workers.report_page import Figure, fill_template
 
 NETWORKS = {"sphero": "SpheroMoE", "soft_moe": "Soft MoE", "dense": "dense"}
+_MOST_BANDS = 6
 WARNING = "The images are a generated miniature: these numbers test the pipeline, not the method."
 
 
@@ -93,21 +94,28 @@ def write_report(config: Mapping[str, Any], context: Context) -> dict[str, Any]:
 def convergence(
     curves: Mapping[str, Sequence[tuple[Sequence[int], Sequence[float]]]], targets: Sequence[float], metric: str
 ) -> bytes:
-    """Score against update, one line per start (mean over its runs), bands from the lowest to the highest run."""
-    figure, axes = new_figure(7.2, 4.2)
+    """Score against update, one line per start (mean over its runs), the best first in the legend.
+
+    Bands from the lowest to the highest run, where there are few enough starts to tell them apart.
+    """
+    figure, axes = new_figure(8.6, 4.2)
+    ends = {}
     for number, (name, runs) in enumerate(curves.items()):
         shared = sorted(set.intersection(*(set(steps) for steps, _ in runs)))
         values = 100 * np.array([[dict(zip(*run, strict=True))[step] for step in shared] for run in runs])
         colour = PALETTE[number % len(PALETTE)]
-        axes.plot(
-            shared, values.mean(axis=0), color=colour, marker=MARKERS[number % len(MARKERS)], ms=4, lw=1.8, label=name
-        )
-        axes.fill_between(shared, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, lw=0)
+        mean, marker = values.mean(axis=0), MARKERS[number % len(MARKERS)]
+        style = "-" if number < len(PALETTE) else "--"
+        (line,) = axes.plot(shared, mean, style, color=colour, marker=marker, ms=4, lw=1.8, label=name)
+        ends[name] = (mean[-1], line)
+        if len(curves) <= _MOST_BANDS:
+            axes.fill_between(shared, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.1, lw=0)
     for target in targets:
         axes.axhline(100 * target, color="#999999", lw=0.8, ls=":")
     axes.set_xlabel("update")
     axes.set_ylabel(f"{metric.replace('_', ' ')} (%)")
-    axes.legend(frameon=False, loc="lower right", fontsize=8.5)
+    lines = [line for _, line in sorted(ends.values(), key=lambda end: -end[0])]
+    axes.legend(handles=lines, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5)
     return png(figure)
 
 

@@ -19,6 +19,7 @@ from moe.errors import CheckpointError, NotFoundError, SpecError
 from moe.keymaps.m2mkd import check_weights
 from moe.models.vit_specs import ViTSpec, VMoESpec
 from moe.models.vit_stages import ViTStages
+from moe.specs import BackboneSpec
 from workers.context import Input
 from workers.engines.torch import load_strict
 from workers.modelfile import MODEL_FILE, load_tensors, save_tensors
@@ -41,8 +42,14 @@ def write_network(module: nn.Module, folder: Path, state: Mapping[str, Tensor] |
 
 
 def network_record(module: nn.Module) -> dict[str, Any]:
-    """Form and spec of a network."""
-    return {"form": form_of(module), "spec": module.spec.model_dump(mode="json")}  # type: ignore[union-attr,operator]
+    """Form and spec of a network; a whole transformer also says which backbone it is, so that other stages take it."""
+    record = {"form": form_of(module), "spec": module.spec.model_dump(mode="json")}  # type: ignore[union-attr,operator]
+    spec = module.spec
+    if not isinstance(spec, ViTSpec) or spec.part != "whole":
+        return record
+    network = spec if isinstance(spec, VMoESpec) else VMoESpec(**spec.model_dump())
+    backbone = BackboneSpec(name="vmoe", channels=spec.channels, image_size=spec.image_size, vmoe=network)
+    return {**record, "backbone": backbone.model_dump(mode="json"), "feature_dim": spec.dim}
 
 
 def read_network(artifact: Input, quiet: bool = False) -> nn.Module:

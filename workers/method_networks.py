@@ -84,8 +84,19 @@ def _served_jet_network(folder: Path, meta: Mapping[str, Any]) -> nn.Module:
     return jet_network(folder, meta, noise=False)
 
 
+def _m2mkd_network(folder: Path, meta: Mapping[str, Any]) -> nn.Module:
+    """A ViT, V-MoE or circuit (without noise) of m2mKD's stages."""
+    from workers.context import Input
+    from workers.m2mkd_files import read_network
+
+    return read_network(Input(folder.name, "", folder, meta), quiet=True)
+
+
 FORMS: Mapping[str, tuple[Callable[[Path, Mapping[str, Any]], nn.Module], str]] = {
     "jetvit": (_served_jet_network, "head"),
     "jetconvnext": (_served_jet_network, "head.fc"),
+    "vit": (_m2mkd_network, "head"),
+    "vmoe": (_m2mkd_network, "head"),
+    "circuit": (_m2mkd_network, "output_tokenizer.to_logits"),
 }
 """Form -> how its network is read, and the name of its linear head."""

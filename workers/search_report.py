@@ -38,7 +38,7 @@ class Row:
         objective: mean over the runs, one number per metric; None unless done.
         runs: numbers of each run.
         error: why it failed.
-        source: ``search``, or ``earlier``: a trial of an earlier search. (Whether the search ran a trial itself or found
+        source: ``search``, or ``earlier``: made by an earlier run. (Whether the search ran a trial itself or found
             it in the store depends on when it was cut off, so it is told in the log only.)
         artifacts: digests of the runs.
         curve: ``[update, score]`` as far as it was watched.
@@ -248,7 +248,7 @@ def history(study: Study) -> bytes:
         so_far.append(better(so_far[-1], value) if so_far else value)
     sources = {
         "search": ("o", "trial of this search"),
-        "earlier": ("D", "of an earlier search"),
+        "earlier": ("D", "made before this search"),
     }
     for source, (marker, label) in sources.items():
         own = [row for row in done if row.source == source]

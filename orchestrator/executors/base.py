@@ -50,6 +50,7 @@ class Task:
         attempt: 1 for the first.
         leads: the stage starts processes that take the member's resources; its own takes none.
         slots: how many times its resources the member has.
+        kinds: modules of the other stage kinds that it works with, by name.
     """
 
     node: str
@@ -75,6 +76,7 @@ class Task:
     weight: float = 1.0
     leads: bool = False
     slots: int = 1
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGTERM, getsignal
+from signal import signal as set_handler
 from typing import Any
 
 from moe.errors import EnvironmentProblem, InfeasibleError, RunFailed
 from orchestrator import cluster_courier
 from orchestrator.artifacts import quiet_remove
 from orchestrator.capacity import Amounts, Capacity, machine_capacity, rank_demand
+from orchestrator.cluster_growth import may_come
 from orchestrator.executors.base import Deliver, Signal, Task
 from orchestrator.executors.pool import Pool, Runner
 from orchestrator.executors.ray_env import prepare_environment, remove_dead_sessions
@@ -29,6 +32,7 @@ from orchestrator.spec import Resources
 
 OBJECT_STORE_BYTES = 256 * 2**20
 PENDING_S = 300.0
+PENDING_GROWING_S = 1800.0  # a cloud takes minutes for a node, and longer when it has none
 IDLE_GANG_S = 120.0
 _PRESTARTED = 4
 _HIDDEN = ("node:", "object_store_memory", "accelerator_type:")
@@ -70,6 +74,7 @@ class RayExecutor:
         self._restarts = restarts
         self._owned = False
         self._started = False
+        self._pending_s = PENDING_S
         self._cores = 0
         self._processes: list[Any] = []
         self._sink: Any = None
@@ -89,9 +94,15 @@ class RayExecutor:
         import ray
 
         machines = []
-        for node in ray.nodes():
+        nodes = ray.nodes()
+        for node in nodes:
             if node["Alive"]:
                 machines.append(_amounts(node["Resources"]))
+        if self._address is not None:
+            # What is asked for there waits in Ray's queue, and that is what the autoscaler looks at.
+            coming = may_come(nodes)
+            self._pending_s = PENDING_S if not coming else PENDING_GROWING_S
+            machines += [_amounts(resources) for resources in coming]
         return Capacity(tuple(machines))
 
     def slots(self) -> int | None:
@@ -110,6 +121,7 @@ class RayExecutor:
         import ray
 
         if not ray.is_initialized():
+            asked = getsignal(SIGTERM)
             try:
                 if self._address is None:
                     remove_dead_sessions(folder)
@@ -123,6 +135,9 @@ class RayExecutor:
                 raise EnvironmentProblem(
                     f"{what}: {said}.", "Try `moepipe resume`; `moepipe doctor` checks it."
                 ) from None
+            # Ray puts a handler of its own there, which ends the driver at once; ours lets members reach a checkpoint.
+            if callable(asked) and threading.current_thread() is threading.main_thread():
+                set_handler(SIGTERM, asked)
         from orchestrator.executors.ray_actors import RemoteSink
 
         self._sink = RemoteSink.remote()  # type: ignore[attr-defined]
@@ -321,12 +336,12 @@ class RayExecutor:
         """A task that finds no place for long is an error that names what it asks for, not a silent wait."""
         now = time.monotonic()
         for job in list(self._jobs.values()):
-            if not job.seen and now - job.since > PENDING_S:
+            if not job.seen and now - job.since > self._pending_s:
                 del self._jobs[job.task.node]
                 self._end_actor(job.runner)
                 asked = ", ".join(f"{amount:g} {name}" for name, amount in job.demand.items())
                 error = InfeasibleError(
-                    f"{job.task.node} found no place for {PENDING_S:g} s; it asks for {asked or 'nothing'}.",
+                    f"{job.task.node} found no place for {self._pending_s:g} s; it asks for {asked or 'nothing'}.",
                     "Look at what else runs on the cluster (`ray status`), or lower the stage's resources.",
                 )
                 deliver(Signal(job.task.node, "failed", {}, "user", error))

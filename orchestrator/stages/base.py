@@ -107,6 +107,10 @@ class StageBase(Generic[C]):
         """How many times its resources a member can use at once; it gets what is free, at least one."""
         return 1
 
+    def kinds(self, config: C) -> list[str]:
+        """Other stage kinds that ``run`` works with."""
+        return []
+
     def members(self, config: C) -> list[Member]:
         """The fan-out; one member by default."""
         return [Member()]

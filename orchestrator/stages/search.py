@@ -193,6 +193,10 @@ class Stage(StageBase[SearchConfig]):
         filled = hashlib.sha256(config.some().model_dump_json().encode()).hexdigest()
         return {**{name: " ".join(sorted(digests)) for name, digests in found.items()}, "config": filled}
 
+    def kinds(self, config: SearchConfig) -> list[str]:
+        """The stage that is searched over."""
+        return [config.stage.kind]
+
     def slots(self, config: SearchConfig) -> int:
         """Trials that may run at once, resources permitting."""
         most = config.trials or int(min(config.searched().size(), 10_000.0))

@@ -127,7 +127,7 @@ def test_the_service_survives_its_head():
     (service,) = yaml.safe_load_all((FOLDER / "rayservice.yaml").read_text())
     cluster = service["spec"]["rayClusterConfig"]
     options = cluster["gcsFaultToleranceOptions"]
-    redis = [document for document in yaml.safe_load_all((FOLDER / "redis.yaml").read_text())]
+    redis = list(yaml.safe_load_all((FOLDER / "redis.yaml").read_text()))
     (endpoint,) = (document for document in redis if document["kind"] == "Service")
     port = endpoint["spec"]["ports"][0]["port"]
     assert options["redisAddress"] == f"redis://{endpoint['metadata']['name']}:{port}"
@@ -147,3 +147,25 @@ def test_the_service_is_one_that_ray_serve_and_the_app_accept(monkeypatch):
     mounts = cluster_of(service)["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["volumeMounts"]
     places = tuple(mount["mountPath"] for mount in mounts)
     assert settings.states.startswith(places) and settings.tokens_file.startswith(places)
+
+
+def test_the_driver_knows_how_far_the_job_s_cluster_may_grow(monkeypatch):
+    import json
+
+    from orchestrator.cluster_growth import node_types
+
+    (job,) = yaml.safe_load_all((FOLDER / "rayjob.yaml").read_text())
+    cluster = cluster_of(job)
+    env = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
+    monkeypatch.setenv(
+        "MOEPIPE_NODE_TYPES", next(item["value"] for item in env if item["name"] == "MOEPIPE_NODE_TYPES")
+    )
+    told = node_types()
+    assert {group["groupName"]: group["maxReplicas"] for group in cluster["workerGroupSpecs"]} == {
+        name: kind["max_workers"] for name, kind in told.items()
+    }
+    for group in cluster["workerGroupSpecs"]:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        custom = json.loads(json.loads(group["rayStartParams"]["resources"]))
+        expected = {"CPU": int(limits["cpu"]), "GPU": int(limits["nvidia.com/gpu"]), **custom}
+        assert told[group["groupName"]]["resources"] == expected

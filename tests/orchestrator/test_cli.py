@@ -27,7 +27,12 @@ def names(command=app, prefix=()):
 def test_every_command_of_the_house_exists():
     wanted = "submit validate plan resume status logs cancel runs show ls explain schema doctor ui gc version init"
     tops = {words[0] for words in names()}
-    assert set(wanted.split()) | {"data", "track", "checkpoint", "domainbed", "serve", "adapt", "predict"} == tops
+    assert (
+        set(wanted.split())
+        | {"data", "track", "checkpoint", "domainbed", "cluster"}
+        | {*("serve", "adapt", "predict", "compare", "cite", "promote")}
+        == tops
+    )
     assert {("data", word) for word in ("ls", "verify", "import", "miniature")} | {("track", "sync")} <= set(names())
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(280)
 
 @pytest.fixture
 def executor(ray_local):
-    yield RayExecutor(preload=("tests.support.toy_stages",))
+    yield RayExecutor()
     assert ray_local.is_initialized()
 
 
@@ -54,9 +54,7 @@ def test_asha_stops_bad_trials_early_and_a_repetition_runs_nothing(executor, sto
     done_ones = [trial for trial in trials(folder) if trial["state"] == "done"]
     assert done_ones[0]["curve"][-1][0] == 8
     wider = {"x": {"choice": [*space["x"]["choice"], 0.99]}}
-    _, folder, _, log = done(
-        store, search(wider, stage=steps, **config), executor=RayExecutor(preload=executor._preload)
-    )
+    _, folder, _, log = done(store, search(wider, stage=steps, **config), executor=RayExecutor())
     again = {trial["values"]["x"]: trial["state"] for trial in trials(folder)}
     assert all(again[trial["values"]["x"]] == "stopped" for trial in stopped)
 
@@ -75,7 +73,7 @@ def test_a_search_that_is_stopped_keeps_its_trials(executor, store, tmp_path):
     start = time.monotonic()
     cut, _ = go(pipeline(stages), store, executor, listeners=[interrupt], stop=stop)
     assert cut.status == "interrupted" and time.monotonic() - start < 200
-    again, _, _, log = done(store, stages, executor=RayExecutor(preload=executor._preload))
+    again, _, _, log = done(store, stages, executor=RayExecutor())
     assert again.artifacts == whole.artifacts
     assert int(log.rpartition(" trials: ")[2].split()[0]) >= 2  # found in the store
     trial = (log, *(path.read_text() for path in store.folder.glob("runs/*/logs/s/seed=0/trial=*.log")))

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from moe.errors import BusyError, EnvironmentProblem
+from orchestrator.cli_ui import links, save_views
 from orchestrator.graph import build_graph
 from orchestrator.mirror import Mirror, sync
 from orchestrator.stages.base import STAGES
@@ -103,6 +104,19 @@ def test_report_files_spec_and_data_hang_on_the_pipeline_run(tracked):
     assert (tracked.folder / "mlflow").is_dir()
     (data,) = client.get_run(top).inputs.dataset_inputs
     assert data.dataset.name == "toy"
+
+
+def test_the_page_opens_with_a_saved_view_of_the_last_runs(tracked):
+    _, run = go(SPEC, tracked)
+    uri = tracking_uri(SPEC, tracked)
+    state = sync(run, tracked, uri)
+    assert "table of the last runs" not in {link.title for link in links(tracked, "http://h", uri)}
+    save_views(tracked, uri)
+    found = {link.title: link.url for link in links(tracked, "http://h", uri)}
+    key = found["charts of the last runs"].partition("viewStateShareKey=")[2].partition("&")[0]
+    tags = connect(uri).get_experiment(state.experiment).tags
+    assert tags[f"mlflow.sharedViewState.{key}"].startswith("deflate;")
+    assert links(tracked, "http://h", "sqlite:///elsewhere.db") == []
 
 
 def test_writing_twice_changes_nothing(tracked):

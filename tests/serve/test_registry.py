@@ -94,6 +94,17 @@ def test_the_alias_follows_the_last_deployment_and_nothing_is_registered_twice(d
     assert locate("models:/digits@candidate", store.url).version == student(first) and picture() == versions
 
 
+def test_mlflow_itself_can_load_what_is_registered(deployed, store, served_model):
+    import mlflow
+
+    deployed()
+    mlflow.set_tracking_uri(tracking_uri(None, store))
+    model = mlflow.pyfunc.load_model("models:/digits@candidate")
+    assert model.metadata.signature.inputs.inputs[0].shape == (-1, 1, 28, 28)
+    images = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.from_numpy(model.predict(images.numpy())), served_model.predict(images))
+
+
 def test_without_a_name_nothing_is_registered(deployed, store):
     deployed(register_as=None)
     assert connect(tracking_uri(None, store)).search_registered_models() == []

@@ -12,10 +12,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from moe.errors import CheckpointError, DataError, Interrupted, SpecError
+from moe.errors import CheckpointError, DataError, Interrupted, NotFoundError, SpecError
 from moe.keymaps.jetpack import to_official
 from orchestrator.stages.jetpack_recycle import JetpackRecycleConfig
 from orchestrator.stages.jetpack_train import JetpackTrainConfig
+from serve.model import ServedModel
 from tests.support.pipelines import go, pipeline
 from tests.workers import toy
 from tests.workers.test_loop import Recorder
@@ -141,7 +142,7 @@ def spec(starts=STARTS, **recipe: Any):
 
 def test_the_whole_pipeline_with_a_report(store):
     toy.register()
-    outcome, run = go(spec(), store)
+    outcome, run = go(spec(save_model=["L2"]), store)
     assert outcome.status == "finished", [e.data for e in run.events() if "fail" in e.kind]
     report = store.local_path(store.artifact(outcome.artifacts["report"]))
     table = json.loads((report / "table.json").read_text())
@@ -150,11 +151,20 @@ def test_the_whole_pipeline_with_a_report(store):
     assert "times fewer than random" in (report / "table.md").read_text()
     assert (report / "report.html").read_text().count("data:image/png") == 1
 
-    again, _ = go(spec(), store)
+    again, _ = go(spec(save_model=["L2"]), store)
     assert again.artifacts == outcome.artifacts
 
+    # One start keeps its weights: it is what a run serves, member by member.
+    with pytest.raises(SpecError, match="has 2 models") as caught:
+        ServedModel.load(run.id, store.url)
+    assert f"{run.id}/train/seed=0/start=L2" in caught.value.hint
+    served = ServedModel.load(f"{run.id}/train/seed=1/start=L2", store.url)
+    assert served.info.outputs == 3 and served.info.version == outcome.artifacts["train/seed=1/start=L2"]
+    with pytest.raises(NotFoundError, match="keeps no weights"):
+        ServedModel.load(f"{run.id}/train/seed=1/start=random", store.url)
+
     more = {**STARTS, "uniform": {"recycle": {"select": "uniform"}}}
-    wider, _ = go(spec(more), store)
+    wider, _ = go(spec(more, save_model=["L2"]), store)
     for name, digest in outcome.artifacts.items():
         if name != "report":
             assert wider.artifacts[name] == digest  # what was there is not made again
