@@ -57,6 +57,10 @@ class Blobs(Protocol):
         """Remove a file or a folder; nothing happens when it is gone."""
         ...
 
+    def remove_file(self, path: str) -> None:
+        """Remove a file; nothing happens when it is gone."""
+        ...
+
 
 @contextmanager
 def plain_errors(path: Path | str) -> Iterator[None]:
@@ -163,6 +167,10 @@ class LocalBlobs:
             return sorted(name for name in os.listdir(self.root / folder) if not name.startswith("."))
         except FileNotFoundError:
             return []
+
+    def remove_file(self, path: str) -> None:
+        """See :class:`Blobs`."""
+        (self.root / path).unlink(missing_ok=True)
 
     def remove(self, path: str) -> None:
         """See :class:`Blobs`."""

@@ -164,6 +164,11 @@ class RemoteBlobs:
             return []
         return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
 
+    def remove_file(self, path: str) -> None:
+        """Like :meth:`remove`, for what is a file: one request and no listing."""
+        with suppress(FileNotFoundError):
+            self._ask(lambda: self.fs.rm_file(self._full(path)))
+
     def remove(self, path: str) -> None:
         """See :class:`orchestrator.blobs.Blobs`."""
         with suppress(FileNotFoundError):

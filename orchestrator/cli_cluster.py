@@ -192,7 +192,7 @@ def submit_remote(given: Submission, where: str, detach: bool) -> None:
         job, new = there.submit(name, given.document(name))
         console.note(f"{name}: {f'submitted to {where}' if new else f'is running at {where} already'} as job {job}")
         if not detach:
-            _follow(there, job, name, where)
+            _follow(there, job, name, where, given.json)
             return
     if given.json:
         console.emit_json({"run": name, "job": job, "new": new, "cluster": where})
@@ -200,21 +200,27 @@ def submit_remote(given: Submission, where: str, detach: bool) -> None:
     console.note(f"Stop it:   moepipe cluster cancel {name} {where}")
 
 
-def _follow(there: Jobs, job: str, run: str, where: str) -> None:
-    """Pass on a job's words; Ctrl-C leaves it running."""
+def _follow(there: Jobs, job: str, run: str, where: str, json: bool = False) -> None:
+    """Pass on a job's words (to stderr when stdout is for JSON); Ctrl-C leaves it running."""
     import sys
 
     from orchestrator import console
 
+    out = sys.stderr if json else sys.stdout
+
     def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        out.write(text)
+        out.flush()
 
     try:
         ended = there.follow(job, write)
     except KeyboardInterrupt:
         console.note(f"The run goes on. Come back with: moepipe cluster logs -f {run} {where}")
         raise typer.Exit(130) from None
+    if json:
+        console.emit_json(
+            {"run": run, "job": job, "status": ended.status, "exit_code": ended.exit_code, "cluster": where}
+        )
     if ended.exit_code:
         console.note(f"{job}: {ended.status.lower()}, exit code {ended.exit_code}")
         raise typer.Exit(ended.exit_code)

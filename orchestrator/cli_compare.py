@@ -82,7 +82,8 @@ def compare_runs(
     from orchestrator.compare_sources import KINDS, Reader
 
     chosen = choose(store, names, last, pipeline)
-    found, empty = read_all(Reader(store), (read_run(run) for run in chosen))
+    facts = [read_run(run) for run in chosen]
+    found, empty = read_all(Reader(store), facts)
     if empty and (not found or set(empty) & set(names)):
         named = next((run for run in empty if run in names), empty[0])
         raise NotFoundError(
@@ -90,7 +91,11 @@ def compare_runs(
             f"It has not come so far (moepipe status {named}), or has none of the stages {', '.join(KINDS)}.",
         )
     if empty:
-        console.note(f"{len(empty)} runs without results are left out: {', '.join(empty[:3])} ...")
+        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+        console.note(f"Left out, without results: {', '.join(empty[:3])}{more}")
+    open_ends = [run.id for run in facts if not run.ended and run.id not in empty]
+    if open_ends:
+        console.note(f"Not ended yet, so its results may be a part: {', '.join(open_ends[:3])}")
     return compare(found, options)
 
 
@@ -133,17 +138,17 @@ def _show(found: Comparison, form: str, by: str, output: Path | None, command: s
 def _text(found: Comparison, form: str, by: str, command: str) -> str:
     import json
 
-    from orchestrator import compare_render, console
+    from orchestrator import compare_export, compare_render, console
 
     if form == "html":
         from orchestrator.compare_page import page
 
         return page(found, command)
     if form == "json":
-        return json.dumps(console.finite(compare_render.to_json(found)), allow_nan=False) + "\n"
+        return json.dumps(console.finite(compare_export.to_json(found)), allow_nan=False) + "\n"
     if form == "terminal":
         form = "md"
-    writers = {"md": compare_render.markdown, "latex": compare_render.latex, "csv": compare_render.to_csv}
+    writers = {"md": compare_render.markdown, "latex": compare_render.latex, "csv": compare_export.to_csv}
     return writers[form](found)
 
 

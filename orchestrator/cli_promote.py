@@ -148,7 +148,7 @@ def _promote(run: Run, store: Store, writer: Writer, document: dict[str, Any], n
     import time
 
     from orchestrator.mirror import sync
-    from orchestrator.projection import register
+    from orchestrator.registering import register
     from orchestrator.tracking_state import TrackingState, state_path, tracking_uri
 
     state = TrackingState.load(state_path(store, run.id), tracking_uri(run.spec(), store))

@@ -61,6 +61,7 @@ def submit(
     if dry_run:
         plan(pipeline, profile, overrides, seeds, on, store, data, sweep, json)
         return
+    from moe.errors import SpecError
     from orchestrator.runs import RunStore
     from orchestrator.store import Store
 
@@ -73,6 +74,8 @@ def submit(
         "set": opt.all_overrides(overrides, seeds),
         **({"sweep": points} if points else {}),
     }
+    if cluster is None and (detach or any_code):
+        raise SpecError("--detach and --any-code are for --cluster.", "Name a cluster: --cluster cluster.yaml")
     if cluster is not None:
         from orchestrator.cli_cluster import Submission, submit_remote
 

@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Protocol
 
 from moe.errors import MoepipeError
@@ -41,7 +42,7 @@ class Claims:
     def __init__(self, blobs: Blobs, beat_s: float = BEAT_S, silent_s: float = SILENT_S) -> None:
         self._blobs = blobs
         self._beat_s, self._silent_s = beat_s, silent_s
-        self.holder = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.holder = f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._held: set[str] = set()
         self._guard = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -74,7 +75,7 @@ class Claims:
             self._held.discard(name)
         with suppress(MoepipeError):  # it becomes void by itself
             if self.holder_of(name) == self.holder:
-                self._blobs.remove(_place(name))
+                self._blobs.remove_file(_place(name))
 
     def holder_of(self, name: str) -> str | None:
         """Who has a claim."""
@@ -91,11 +92,14 @@ class Claims:
         for name in self._blobs.names("claims"):
             holder = self.holder_of(name.removesuffix(".json")) if name.endswith(".json") else None
             if holder in gone:
-                self._blobs.remove(f"claims/{name}")
+                self._blobs.remove_file(f"claims/{name}")
         for holder in gone:
-            self._blobs.remove(_beat(holder))
+            self._blobs.remove_file(_beat(holder))
 
     def _alive(self, holder: str) -> bool:
+        machine, pid = _whose(holder)
+        if machine == _machine() and not _runs(pid):
+            return False  # a driver that was killed here; nobody has to wait for its silence
         self._beat_now()  # so that the store's clock is known
         last = self._blobs.modified(_beat(holder))
         now = self._blobs.modified(_beat(self.holder))
@@ -120,6 +124,28 @@ class Claims:
     def _beat_now(self) -> None:
         self._blobs.write(_beat(self.holder), b"{}")
         self._beaten = time.monotonic()
+
+
+def _machine() -> str:
+    """This machine since it was booted: names are not unique, and containers of one machine have their own."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()}-{boot.read_text()[:8] if boot.exists() else 'x'}"
+
+
+def _whose(holder: str) -> tuple[str, int]:
+    """Machine and process of a holder's name."""
+    machine, _, rest = holder.rpartition("-")[0].rpartition("-")
+    return machine, int(rest) if rest.isdigit() else 0
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _place(name: str) -> str:

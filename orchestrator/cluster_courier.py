@@ -38,6 +38,7 @@ class Courier:
         self._log_mark: tuple[int, int] | None = None
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
+        self._stopped = False
         self.finished = False
 
     def __enter__(self) -> Courier:
@@ -59,8 +60,10 @@ class Courier:
         with suppress(MoepipeError):  # the result is there already; what is missing are words, or a checkpoint
             self._copy_log(self._store.blobs)
             if self.finished:
-                self._store.blobs.remove(f"scratch/{self._key}.stop")
-                self._store.blobs.remove(f"scratch/{self._key}")
+                if self._known:
+                    self._store.blobs.remove(f"scratch/{self._key}")
+                if self._stopped:
+                    self._store.blobs.remove_file(f"scratch/{self._key}.stop")
             else:
                 self._copy_scratch(self._store.blobs)
 
@@ -84,6 +87,7 @@ class Courier:
             with suppress(MoepipeError):  # the next round finds the same changes
                 if blobs.read(f"scratch/{self._key}.stop") is not None:
                     flag.touch()
+                    self._stopped = True
                 self._copy_scratch(blobs)
                 self._copy_log(blobs)
 
@@ -134,7 +138,7 @@ def ask_to_stop(task: Task) -> None:
 def forget_stop(task: Task) -> None:
     """Take an earlier wish to stop back."""
     if "://" in task.store:
-        _open(task).blobs.remove(f"scratch/{task.key.digest}.stop")
+        _open(task).blobs.remove_file(f"scratch/{task.key.digest}.stop")
 
 
 @lru_cache(maxsize=8)

@@ -120,7 +120,7 @@ class StoredRun(Run):
             with super().lock():
                 self._writing = True
                 (self.path / _COPY).unlink(missing_ok=True)
-                self._blobs.remove(f"{self._place}/cancel")  # an old wish to stop is void
+                self._blobs.remove_file(f"{self._place}/cancel")  # an old wish to stop is void
                 copier = _Copier(self, self._store)
                 copier.copy()
                 copier.start()
@@ -129,8 +129,9 @@ class StoredRun(Run):
                 finally:
                     copier.done.set()
                     copier.join()
-            with suppress(MoepipeError):
-                copier.copy()
+            if not copier.ousted:
+                with suppress(MoepipeError):
+                    copier.copy()
         finally:
             self._writing = False
             claims.release(f"run-{self.id}")
@@ -146,19 +147,21 @@ class _Copier(threading.Thread):
         self._known: dict[str, tuple[int, int]] = {}
         self._beat = 0.0
         self.done = threading.Event()
+        self.ousted = False
 
     def run(self) -> None:
         """Thread body."""
         pause = PUSH_S
         while not self.done.wait(pause):
             with suppress(MoepipeError):  # the store is away: the next round finds the same changes
-                pause = max(PUSH_S, self.copy() / _BYTES_PER_S)
-                if self._blobs.read(f"{self._place}/cancel") is not None:
-                    self._blobs.remove(f"{self._place}/cancel")
-                    (self._run.path / "cancel").touch()
                 if self._claims.holder_of(f"run-{self._run.id}") not in (self._claims.holder, None):
                     (self._run.path / "cancel").touch()  # another machine took over: it thought us dead
+                    self.ousted = True
                     return
+                pause = max(PUSH_S, self.copy() / _BYTES_PER_S)
+                if self._blobs.read(f"{self._place}/cancel") is not None:
+                    self._blobs.remove_file(f"{self._place}/cancel")
+                    (self._run.path / "cancel").touch()
 
     def copy(self) -> int:
         """One round; returns the bytes written."""
@@ -179,7 +182,7 @@ class _Copier(threading.Thread):
                     if beat:
                         self._beat = time.monotonic()
         if self._beat and not (self._run.path / "owner.json").exists():
-            self._blobs.remove(f"{self._place}/owner.json")
+            self._blobs.remove_file(f"{self._place}/owner.json")
             self._beat = 0.0
         return written
 

@@ -21,6 +21,7 @@ from orchestrator.store import Store
 from orchestrator.tracking_state import parse_node
 
 LAST = ("last", "latest")
+_LAST_EVENT = 1 << 16
 _REFERENCE = re.compile(r"\$\{stages\.([A-Za-z][A-Za-z0-9_-]*)")
 # The beginning of the lines that are read; members' starts matter only where one failed.
 _WANTED = re.compile(rb'\{"time":[0-9.e+]+,"kind":"member-(?:finished|hit|failed|metrics)"')
@@ -72,6 +73,7 @@ class RunFacts:
         dataset: the pipeline's data set; may be empty.
         stages: by name, in order.
         made: node id -> what was made.
+        ended: its record has an end.
     """
 
     id: str
@@ -80,6 +82,7 @@ class RunFacts:
     dataset: str
     stages: Mapping[str, StageFacts]
     made: Mapping[str, Made]
+    ended: bool = True
 
     def closure(self, stages: Sequence[str]) -> tuple[str, ...]:
         """``stages`` and everything that they are made from, in the pipeline's order."""
@@ -176,8 +179,9 @@ def read_run(run: Run) -> RunFacts:
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise NotFoundError(f"The record of run {run.id} is damaged: {error}.", "Leave this run out.") from None
-    made = _made(run.path / "events.jsonl")
-    return RunFacts(run.id, spec["name"], spec.get("scale", "dev"), spec.get("dataset") or "", stages, made)
+    text = _events(run.path / "events.jsonl")
+    made, ended = _made(text), b'"kind":"run-finished"' in text[-_LAST_EVENT:]
+    return RunFacts(run.id, spec["name"], spec.get("scale", "dev"), spec.get("dataset") or "", stages, made, ended)
 
 
 def _references(value: Any) -> tuple[str, ...]:
@@ -185,12 +189,15 @@ def _references(value: Any) -> tuple[str, ...]:
     return tuple(name for text in texts for name in _REFERENCE.findall(str(text)))
 
 
-def _made(path: Path) -> dict[str, Made]:
-    """Node -> what it made, of the members that succeeded."""
+def _events(path: Path) -> bytes:
     try:
-        text = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
-        return {}
+        return b""
+
+
+def _made(text: bytes) -> dict[str, Made]:
+    """Node -> what it made, of the members that succeeded."""
     found: dict[str, Made] = {}
     began: dict[str, float] = {}
     spent: dict[str, float] = {}

@@ -128,3 +128,26 @@ class Observation:
     def name(self) -> str:
         """Method and adaptation in one word."""
         return f"{self.method}_{self.adaptation}" if self.adaptation else self.method
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is compared and how.
+
+    Attributes:
+        metric: ``avg`` (mean over domains), ``worst`` (worst domain) or the name of a score over all rows.
+        baseline: a row, by its method's name, or a run, against which every row is tested; empty: ERM if it is there.
+        selection: only this selection rule; empty: all.
+        allow_different: compare what should not be compared, and mark it.
+        level: what the bootstrap resamples besides seeds; ``auto`` takes the finest that is stored.
+        replicates: resamples.
+        watts: of one device, for an energy estimate; None: no estimate.
+    """
+
+    metric: str = "avg"
+    baseline: str = ""
+    selection: str = ""
+    allow_different: bool = False
+    level: str = "auto"
+    replicates: int = 2000
+    watts: float | None = None

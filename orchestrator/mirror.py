@@ -27,6 +27,7 @@ _FIRST_PAUSE_S = 2.0
 _LONGEST_PAUSE_S = 60.0
 _LAST_ATTEMPTS = 2
 _ALONE_S = 8.0
+_ENDING_S = 1.5
 
 
 @dataclass
@@ -109,7 +110,8 @@ def sync(run: Run, store: Store, uri: str) -> TrackingState:
     path = state_path(store, run.id)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(f"{path}.lock", timeout=0):
+        # A process that has just given up needs a moment to end.
+        with FileLock(f"{path}.lock", timeout=_ENDING_S):
             projection = open_projection(run, build_graph(run.spec()), store, TrackingState.load(path, uri))
             projection.advance()
             projection.state.error = ""

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import socket
+import subprocess
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,7 +28,16 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "packages": versions,
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """Git commit of the working directory; empty where there is none. Digests of the code stand in the keys."""
+    with suppress(OSError, subprocess.SubprocessError):
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        return found.stdout.strip()
+    return ""
 
 
 def process_start(pid: int) -> str:

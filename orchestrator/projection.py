@@ -7,18 +7,16 @@ Applying the same events twice writes the same thing once.
 
 from __future__ import annotations
 
-import tempfile
+import json
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from moe.errors import MoepipeError, NotFoundError
-from orchestrator.artifacts import Artifact
 from orchestrator.events import Event
 from orchestrator.graph import Graph
-from orchestrator.model_package import write_package
+from orchestrator.registering import data_record, data_rows, register
 from orchestrator.runs import Run
 from orchestrator.store import Store
 from orchestrator.tracking import Writer, connect
@@ -183,6 +181,9 @@ class Projection:
         spec = self.graph.spec
         seeds = ",".join(map(str, spec.seeds))
         tags = {"moepipe.type": "pipeline", "moepipe.pipeline": spec.name, "moepipe.seeds": seeds}
+        with suppress(OSError, ValueError):
+            commit = json.loads((self.run.path / "environment.json").read_bytes()).get("commit")
+            tags |= {"mlflow.source.git.commit": str(commit)} if commit else {}
         if self._start("", self.run.id, None, when, tags):
             document = spec.model_dump(mode="json")
             hidden = ("apiVersion", "tracking")
@@ -276,8 +277,8 @@ class Projection:
         elif output == _REPORT_KIND:
             self.writer.files(run, self.store.local_path(artifact), stage)
         else:
-            self._prepared = _data_record(artifact, self._dataset or stage)
-            self.writer.dataset(run, *self._prepared, stage, _rows(artifact))
+            self._prepared = data_record(artifact, self._dataset or stage)
+            self.writer.dataset(run, *self._prepared, stage, data_rows(artifact))
 
     def _member_data(self, name: str, config: Mapping[str, Any]) -> None:
         """The prepared data as an input of a member that says which splits it reads."""
@@ -302,43 +303,9 @@ class Projection:
             self.writer.point_alias(wanted["name"], CANDIDATE if gated else wanted["alias"], version)
 
 
-def register(
-    writer: Writer, store: Store, name: str, digest: str, run: str, when: float, tags: Mapping[str, str]
-) -> str:
-    """Version of a registered model for an artifact, with its files, signature and input example where they fit.
-
-    Args:
-        writer: where to.
-        store: where the artifact is; when it is gone, the version only names it.
-        name: in the registry.
-        digest: of the artifact.
-        run: MLflow run that it came from.
-        when: time of the deployment, in seconds.
-        tags: of a new version.
-    """
-    model = None
-    with suppress(NotFoundError), tempfile.TemporaryDirectory(prefix="moepipe-model-") as place:
-        artifact = store.artifact(digest)
-        folder = store.local_path(artifact)
-        package = write_package(folder, artifact.meta, digest, artifact.bytes, Path(place))
-        if package is not None:
-            model = writer.model(run, name, package)
-    return writer.register(name, digest, run, when, tags, model)
-
-
 def _algorithm(config: Mapping[str, Any], kind: str) -> str:
     """Name of the algorithm in a member's config, or its stage's kind."""
     named = config.get("algorithm")
     if isinstance(named, Mapping):
         named = named.get("name")
     return str(named or kind)
-
-
-def _data_record(artifact: Artifact, name: str) -> tuple[str, str]:
-    """Name of a data set, and its digest: that of the rows where it is known."""
-    return str(artifact.meta.get("dataset") or name), str(artifact.meta.get("digest") or artifact.digest)
-
-
-def _rows(artifact: Artifact) -> dict[str, int]:
-    rows = artifact.meta.get("rows")
-    return {str(split): int(count) for split, count in rows.items()} if isinstance(rows, Mapping) else {}

@@ -321,25 +321,29 @@ def check_selection(config: SearchConfig, context: Context) -> None:
     Raises:
         SpecError: the validation rows belong to test domains, or to other domains than was declared.
     """
-    data = context.inputs.get("data", ())
-    split = _plain(config).get("val_split")
-    if not data or not isinstance(split, str):
+    data, plain = context.inputs.get("data", ()), _plain(config)
+    searched = config.space.get("val_split")
+    names = list(searched.choice or ()) if searched is not None else [plain.get("val_split")]
+    if not data or not all(isinstance(name, str) for name in names):
         return
     from workers.data import read_index
 
     index = read_index(data[0])
     domains = {name: set(index.column(index.domain_field, rows).tolist()) for name, rows in index.splits.items()}
-    if split not in domains:
-        return
-    if domains[split] & (domains.get("test", set()) - domains.get("train", set())):
+    trained = set().union(*(domains.get(name, set()) for name in plain.get("splits") or ("train",)))
+    for split in names:
+        if split in domains:
+            _check_split(split, domains[split], trained, domains.get("test", set()), config.selection)
+
+
+def _check_split(split: str, rows: set[int], trained: set[int], test: set[int], declared: str) -> None:
+    if rows & (test - trained):
         raise SpecError(f"The split {split!r} holds rows of test domains.", "Selection never looks at test domains.")
-    inside = domains[split] <= domains.get("train", set())
-    actual = "training_domains" if inside else "validation_domains"
-    if actual != config.selection:
+    actual = "training_domains" if rows <= trained else "validation_domains"
+    if actual != declared:
+        whose = "training domains" if rows <= trained else "domains that are not trained on"
         raise SpecError(
-            f"selection is {config.selection!r}, but the rows of split {split!r} are of "
-            f"{'training domains' if inside else 'domains that are not trained on'}.",
-            f"Write selection: {actual}.",
+            f"selection is {declared!r}, but the rows of split {split!r} are of {whose}.", f"Write selection: {actual}."
         )
 
 

@@ -32,6 +32,7 @@ from orchestrator.spec import Resources
 
 OBJECT_STORE_BYTES = 256 * 2**20
 PENDING_S = 300.0
+STUCK_S = 20.0  # longer than an actor takes to start
 PENDING_GROWING_S = 1800.0  # a cloud takes minutes for a node, and longer when it has none
 IDLE_GANG_S = 120.0
 _PRESTARTED = 4
@@ -332,10 +333,19 @@ class RayExecutor:
             self._end_actor(job.runner)  # whatever state the failure left behind goes with it
         return signal
 
+    def _make_room_for(self, job: _Job) -> None:
+        """End idle actors that hold what a waiting task asks for: Ray put them where the ledger saw room for it."""
+        wanted = set(job.runner.holds)
+        if any(wanted & set(runner.holds) for runner in self._pool.idle):
+            busy = [other.runner.holds for other in self._jobs.values() if other.seen]
+            self._pool.make_room(job.runner.holds, busy, self.capacity())
+
     def _watch_pending(self, deliver: Deliver) -> None:
         """A task that finds no place for long is an error that names what it asks for, not a silent wait."""
         now = time.monotonic()
         for job in list(self._jobs.values()):
+            if not job.seen and now - job.since > STUCK_S:
+                self._make_room_for(job)
             if not job.seen and now - job.since > self._pending_s:
                 del self._jobs[job.task.node]
                 self._end_actor(job.runner)

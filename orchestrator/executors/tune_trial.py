@@ -53,6 +53,7 @@ class Work:
 
 def perform(work: Work, point: Mapping[str, Any]) -> None:
     """Run one trial and report its outcome to Tune."""
+    os.chdir(os.environ.get("TUNE_ORIG_WORKING_DIR", "."))  # Tune moves into a folder of its own
     add_paths(work.paths)
     STAGES.add(work.maker.config.stage.kind, work.module)
     number, values = int(point["number"]), dict(point["values"])

@@ -163,7 +163,15 @@ def test_a_run_is_followed_and_found_again(head, moepipe, written):
     runs = RunStore(Store.open(store))
     assert runs.open("first").status == "finished"
     again = moepipe("submit", path, "--cluster", address, "--run", "first", "--json")
-    assert "as job first.2" in again.stderr
+    assert "as job first.2" in again.stderr and "n/seed=0" in again.stderr
+    assert json.loads(again.stdout) == {
+        "run": "first",
+        "job": "first.2",
+        "status": "SUCCEEDED",
+        "exit_code": 0,
+        "cluster": address,
+    }
+    assert "--detach and --any-code are for --cluster" in moepipe("submit", path, "--detach", code=2).stderr
     continued = next(run for run in runs.list() if run.origin == "first")
     assert continued.artifacts() == runs.open("first").artifacts()
     found = json.loads(moepipe("cluster", "jobs", address, "--json").stdout)["jobs"]

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from orchestrator.compare_stats import by_domains, by_examples, by_seeds, holm, 
 from orchestrator.runs import RunStore
 from tests.orchestrator.cli_support import call, document, folder  # noqa: F401
 from tests.orchestrator.compare_store import STAGES, Runs
+from tests.support.browser import Browser, find_browser
 
 GOOD = {"erm": (60, 50), "student": (70, 40), "student_distill": (80, 70)}
 
@@ -142,6 +144,33 @@ def test_time_of_a_hit_is_that_of_its_first_making(runs, store):
     (store.folder / "keys").mkdir(exist_ok=True)
     (store.folder / "keys" / f"{key}.json").write_text(json.dumps(record))
     assert rows(compared(store))["erm"].hours.hours == pytest.approx(2.0)
+
+
+def test_latency_of_a_hit_is_that_of_the_run_that_measured_it(runs, store):
+    name = runs.run(GOOD, seeds=(0,))
+    again = store.folder / "runs" / f"{name}-again"
+    shutil.copytree(store.folder / "runs" / name, again)
+    (again / "run.json").write_text(json.dumps({"id": again.name, "created": 1e9}))
+    lines = [json.loads(line) for line in (again / "events.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["kind"] != "member-metrics"]
+    for line in lines:
+        line["kind"] = "member-hit" if line["kind"] == "member-finished" else line["kind"]
+    (again / "events.jsonl").write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
+    assert rows(compared(store, again.name))["student"].cost.latency_ms == 2.5
+
+
+def test_networks_that_have_labels_keep_their_wiring_and_namesakes_their_stage(runs, store):
+    stages = json.loads(json.dumps(STAGES))
+    stages["evaluate"]["config"]["labels"] = {"student": "GMoE!"}
+    right = {"erm": (60, 50), "gmoe": (70, 60)}
+    other = {**stages["evaluate"], "config": {"protocol": "split"}}
+    stages["evaluate_more"] = other
+    more = {f"evaluate_more/seed={seed}": runs.evaluation(seed, {"erm": (50, 50)}) for seed in range(3)}
+    runs.run(right, stages=stages, artifacts=more)
+    found = rows(compared(store))
+    assert set(found) == {"erm", "more_erm", "gmoe"}
+    assert found["gmoe"].hours.hours == pytest.approx(3.0)  # of the stage at the port `student`
+    assert found["gmoe"].steps == [20] and found["more_erm"].label == "more: erm"
 
 
 def test_failed_attempts_count_as_cost(runs, store):
@@ -347,10 +376,33 @@ def test_mistakes_have_their_exit_codes(place, runs):
     call("compare", "--json", "-f", "csv", code=2)
     empty = runs.run(None)
     assert "has no results" in call("compare", empty, code=4).stderr
-    assert "left out" in call("compare", "*").stderr
+    assert f"Left out, without results: {empty}" in call("compare", "*").stderr
     damaged = next(place.folder.glob("artifacts/*/evaluation.json"))
     damaged.write_text("{")
     assert call("compare", "toy*", code=6).stderr
+
+
+@pytest.mark.skipif(find_browser() is None, reason="no Chromium on this machine (chromium, google-chrome)")
+def test_the_page_in_a_browser(place, tmp_path):
+    call("compare", "-o", tmp_path / "page.html")
+    browser = Browser(find_browser())
+    try:
+        page = browser.page(900, 700)
+        page.open((tmp_path / "page.html").as_uri())
+        assert page.text("h1").startswith("Comparison of toy-")
+        assert page.run("[...document.images].every(image => image.naturalWidth > 300)")
+        assert page.run("document.querySelectorAll('tr.mark').length") == 2
+        assert page.run("document.documentElement.scrollWidth <= innerWidth")  # tables scroll, the page does not
+        assert page.errors == [] and not [url for url in page.addresses if url.startswith("http")]
+    finally:
+        browser.close()
+
+
+def test_a_run_that_goes_on_is_told(place):
+    (events,) = place.folder.glob("runs/*/events.jsonl")
+    assert call("compare").stderr == ""
+    events.write_text("\n".join(events.read_text().splitlines()[:-1]) + "\n")
+    assert "Not ended yet" in call("compare").stderr
 
 
 def test_a_table_of_texts_cannot_break_the_page(runs, store, monkeypatch, tmp_path):

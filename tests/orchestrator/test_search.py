@@ -5,19 +5,26 @@ from __future__ import annotations
 import csv
 import json
 import threading
+from typing import ClassVar
 
+import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
 from moe.errors import InfeasibleError, RunFailed, SpecError
+from orchestrator.admission import Admission
 from orchestrator.capacity import Capacity
 from orchestrator.gc import collect, survey
 from orchestrator.graph import build_graph
 from orchestrator.loading import load
 from orchestrator.plan import make_plan
 from orchestrator.positions import SpecErrors
+from orchestrator.search_result import describe_searches, search_lines
+from orchestrator.search_run import check_selection
+from orchestrator.stages.search import SearchConfig
 from orchestrator.store import Store
 from tests.support.pipelines import go, pipeline
+from workers.context import Input
 
 XS = {"choice": [0.1, 0.4, 0.8]}
 
@@ -326,3 +333,58 @@ def test_ports_are_those_of_the_wrapped_stage(tmp_path):
     wrong = good.replace("    config:\n      stage", "    inputs: {strat: '${stages.n}'}\n    config:\n      stage")
     (found,) = problems(tmp_path, wrong + "  n: {kind: numbers}\n")
     assert "no input 'strat'. Did you mean 'start'?" in found
+
+
+def test_the_end_of_a_submit_says_what_was_found(store):
+    outcome, _, _, _ = done(store, search(stage={"config": {"fail_above": 0.7}}))
+    (found,) = describe_searches(build_graph(pipeline(search())), store, outcome.artifacts)
+    assert found["best"]["values"] == {"x": 0.4} and found["trials"]["failed"] == 1
+    assert search_lines([found]) == ["s/seed=0: scores.score 0.99 with x=0.4 (2 trials, 1 failed)"]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A ``data`` artifact of three domains: 0 and 1 are trained on, 2 is for validation, 3 for the test."""
+    domain = np.repeat(np.arange(4), 5)
+    splits = {"train": [0, 1, 5, 6], "id_val": [2, 7], "val": [10, 11], "test": [15, 16], "leaky": [10, 17]}
+    arrays = {f"split/{name}": np.array(rows) for name, rows in splits.items()}
+    np.savez(tmp_path / "index.npz", labels=domain, metadata=domain[:, None], **arrays)
+    meta = {"dataset": "rotated14", "fields": ["domain"], "options": {}}
+    return Input("data", "0" * 64, tmp_path, meta)
+
+
+@pytest.mark.parametrize(
+    ("split", "selection", "words"),
+    [
+        ("id_val", "training_domains", None),
+        ("val", "validation_domains", None),
+        ("val", "training_domains", "domains that are not trained on"),
+        ("id_val", "validation_domains", "of training domains"),
+        ("leaky", "validation_domains", "rows of test domains"),
+    ],
+)
+def test_the_declared_selection_is_held_against_the_rows(rows, split, selection, words):
+    stage = {"kind": "score", "config": {"val_split": split}}
+    config = SearchConfig(stage=stage, metric="scores.score", selection=selection, trials=1)
+
+    class Context:
+        inputs: ClassVar = {"data": [rows]}
+
+    if words is None:
+        check_selection(config, Context())
+    else:
+        with pytest.raises(SpecError, match=words):
+            check_selection(config, Context())
+
+
+@pytest.mark.parametrize(("cpus", "concurrency", "slots"), [(1, "auto", 3), (2, "auto", 2), (4, "auto", 1), (1, 2, 2)])
+def test_a_search_takes_as_much_as_its_trials_can_use(cpus, concurrency, slots):
+    stages = {**search(concurrency=concurrency), "other": {"kind": "numbers", "resources": {"cpus": 4}}}
+    stages["s"]["resources"] = {"cpus": cpus}
+    room = Admission(build_graph(pipeline(stages)), lambda: Capacity(({"cpus": 4.0},)))
+    room.open(["s/seed=0", "other/seed=0"])
+    assert room.take("s/seed=0") and room.slots("s/seed=0") == slots
+    assert not room.take("other/seed=0")
+    room.give_back("s/seed=0")
+    room.new_round()
+    assert room.take("other/seed=0") and room.slots("other/seed=0") == 1

@@ -146,6 +146,14 @@ class TestClaims:
         lock.release()
         assert there.try_lock(KEY) is not None
 
+    def test_that_of_a_killed_process_of_this_machine_is_void_at_once(self, machine):
+        script = "import sys; from orchestrator.store import Store; from pathlib import Path; "
+        script += "print(Store.open(sys.argv[1], Path(sys.argv[2])).claims().take('x'))"
+        store = machine("a")
+        command = [sys.executable, "-c", script, store.url, str(store.folder.parent)]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "True\n"
+        assert store.claims().holder_of("x") and store.claims().take("x")
+
     def test_that_of_a_silent_holder_is_void_and_goes_to_one(self, machine):
         dead = Claims(machine("a").blobs, beat_s=60.0, silent_s=2.0)
         assert dead.take("x")
@@ -255,6 +263,32 @@ def test_a_live_run_cannot_be_driven_twice_and_can_be_followed_and_cancelled(mac
         stop.set()
         work.join()
     assert RunStore(there).open(run.id).status == "interrupted"
+
+
+def test_a_driver_that_was_taken_over_stops_and_leaves_the_record_alone(machine, monkeypatch):
+    """It was cut off for a minute, another machine continued its run, and now it is back."""
+    from orchestrator import cluster_record
+
+    monkeypatch.setattr(cluster_record, "PUSH_S", 0.3)
+    stages = {"s": {"kind": "sleepy", "config": {"steps": 2000, "step_s": 0.02, "checkpoint_every": 5}}}
+    here, there = machine("a"), machine("b")
+    spec, stop = pipeline(stages), threading.Event()
+    run = RunStore(here).create(spec)
+    work = threading.Thread(target=lambda: go(spec, here, InlineExecutor(), run=run, stop=stop))
+    work.start()
+    try:
+        deadline = time.monotonic() + 30
+        while not there.blobs.sizes(f"runs/{run.id}") and time.monotonic() < deadline:
+            time.sleep(0.1)
+        there.blobs.write(f"claims/run-{run.id}.json", b'{"holder":"other-12345678-1-aa"}')
+        there.blobs.write(f"runs/{run.id}/events.jsonl", b"{}\n")
+        while not (run.path / "cancel").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert (run.path / "cancel").exists()  # what the driver looks at
+    finally:
+        stop.set()
+        work.join()
+    assert there.blobs.read(f"claims/run-{run.id}.json") == b'{"holder":"other-12345678-1-aa"}'
 
 
 def test_gc_frees_what_no_run_uses(machine):
