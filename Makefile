@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.11 demo" >&2; exit 5; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "No virtual environment could be made. On Debian and Ubuntu: apt install python3-venv" >&2; exit 5; }
-	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,text,graph,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,search,text,graph,dev]'
 	@touch $@
 
 .PHONY: install

@@ -28,6 +28,7 @@ from moe.conversion.recycle.record import StatisticsRecord
 from moe.conversion.recycle.recycle import recycle
 from moe.jetpack_specs import JetViTSpec, SpheroSpec, v_jetmoe
 from moe.models.sphero_vit import build_sphero_vit
+from workers.device import setup
 
 BATCH, BATCHES = 8, (4, 8)
 RELEASED_BATCHES = 150
@@ -83,8 +84,7 @@ def _sizes(quick: bool) -> tuple[JetViTSpec, JetViTSpec]:
 
 def report_recycling(form: str, quick: bool, batches: int) -> None:
     """Print seconds and peaks of one side."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    _prepare(form)
     dense, sparse = _sizes(quick)
     teacher, successor = build_sphero_vit(dense, 10).eval(), build_sphero_vit(sparse, 10).state_dict()
     images = [torch.randn(2 if quick else BATCH, 3, dense.image_size, dense.image_size) for _ in range(batches)]
@@ -162,8 +162,7 @@ def report_step(form: str, quick: bool, repetitions: int) -> None:
     """Print the CPU seconds of a step, and of its optimiser, of one side."""
     from benchmarks.sphero import Official
 
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    _prepare(form)
     spec = _sizes(quick)[1]
     model = build_sphero_vit(spec, 100).train()
     if form == "official":
@@ -179,6 +178,14 @@ def report_step(form: str, quick: bool, repetitions: int) -> None:
     steps = sorted(taken[1:])  # the first one allocates
     seconds, optimiser = steps[len(steps) // 2]
     print(json.dumps({"seconds": seconds, "optimiser": optimiser}))
+
+
+def _prepare(form: str) -> None:
+    """One thread; our side is set up as every training function of ours is, memory included."""
+    torch.set_num_threads(1)
+    if form == "ours":
+        setup(1, "cpu")
+    torch.manual_seed(0)
 
 
 def _gradients(model: nn.Module, x: Tensor, y: Tensor) -> None:

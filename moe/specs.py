@@ -78,7 +78,8 @@ class BackboneSpec(BaseModel):
         "before it made (data set frozen_vit).",
     )
     gmoe: GMoESpec | None = Field(
-        default=None, description="Vision transformers of timm and jetvit: make feed-forward networks mixtures of experts."
+        default=None,
+        description="Vision transformers of timm and jetvit: feed-forward networks become mixtures of experts.",
     )
     emoe: EMoESpec | None = Field(
         default=None, description="Vision transformers of timm and jetvit: neurons of emoe_layers grouped into experts."

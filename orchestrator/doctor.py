@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 DISTRIBUTION = "moepipe"
 OUR_PACKAGES = ("moe", "workers", "orchestrator", "serve")
-TESTED_SET = "pip install -c constraints.txt -e '.[demo,text,graph,dev]'"
+TESTED_SET = "pip install -c constraints.txt -e '.[demo,search,text,graph,dev]'"
 LIBRARIES = ("torch", "torchvision", "ray", "deepspeed", "mlflow", "timm", "wilds", "pydantic", "typer")
 PORTS = {8265: "Ray dashboard", 5000: "MLflow (moepipe ui)"}
 

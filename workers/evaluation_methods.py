@@ -31,7 +31,7 @@ LABELS: Mapping[str, str] = {
     "student": "student",
     "oracle": "oracle (saw labelled target domains)",
 }
-ADAPTATION_LABELS: Mapping[str, str] = {"bn": "BN", "tent": "Tent", "distill": "distillation"}
+ADAPTATION_LABELS: Mapping[str, str] = {"bn": "BN", "tent": "Tent", "eata": "EATA", "distill": "distillation"}
 
 
 @dataclass(frozen=True)

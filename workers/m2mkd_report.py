@@ -136,8 +136,9 @@ def _figures(evaluations: Sequence[Evaluation]) -> dict[str, Figure]:
     for model in evaluations[0]["models"]:
         label = model["label"]
         own = [m["history"] for e in evaluations for m in e["models"] if m["label"] == label]
-        steps = [record["step"] for record in own[0]]
-        if len(steps) > 1 and all([record["step"] for record in history] == steps for history in own):
+        # Where the best state is kept, histories end with it: the mean goes as far as every seed does.
+        steps = [record["step"] for record in min(own, key=len)]
+        if len(steps) > 1 and all([r["step"] for r in history[: len(steps)]] == steps for history in own):
             histories[label] = [
                 {"step": step, metric: float(np.mean([history[place][metric] for history in own]))}
                 for place, step in enumerate(steps)

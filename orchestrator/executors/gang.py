@@ -36,6 +36,7 @@ from orchestrator.store import Store
 _OOM_WORDS = ("OutOfMemory", "running low on memory", "memory pressure", "oom-kill", "(OOM)")
 _COLLATERAL = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Broken pipe")
 POLL_S = 0.1
+PLACES_S = 10.0
 
 
 class Desk:
@@ -44,6 +45,7 @@ class Desk:
     def __init__(self) -> None:
         self._members: dict[str, list[Any]] = {}
         self._done: dict[str, list[set[int]]] = {}
+        self._places: dict[str, list[str]] = {}
 
     def post(self, gang: str, member: Any) -> int:
         """Leave the next member of ``gang``; its number counts from 0."""
@@ -60,6 +62,14 @@ class Desk:
         """``rank`` has finished member ``number``."""
         if gang in self._done:
             self._done[gang][number].add(rank)
+
+    def placed(self, runner: str, group: str) -> None:
+        """The ranks that the actor ``runner`` gathered sit in this placement group (both as hexadecimal ids)."""
+        self._places.setdefault(runner, []).append(group)
+
+    def places(self, runner: str) -> list[str]:
+        """Placement groups of all gangs that ``runner`` gathered."""
+        return list(self._places.get(runner, []))
 
     def count(self, gang: str, number: int) -> int | None:
         """Ranks that have finished the member, or None for one that was never posted here (the desk was restarted)."""
@@ -85,9 +95,9 @@ class Gang:
         self._ranks = resources.workers
         self._sink = sink
         self._error: BaseException | None = None
-        self._trainer = _trainer(
-            resources, folder, {"gang": self._name, "sink": sink, "paths": list(paths), "modules": list(modules)}
-        )
+        runner = ray.get_runtime_context().get_actor_id() or ""
+        payload = {"gang": self._name, "runner": runner, "sink": sink, "paths": list(paths), "modules": list(modules)}
+        self._trainer = _trainer(resources, folder, payload)
         self._thread = threading.Thread(target=self._fit, name="gang", daemon=True)
         self._thread.start()
 
@@ -125,6 +135,19 @@ class Gang:
         raise train_error(error, getattr(error, "worker_failures", {})) from None
 
 
+def free_places(sink: Any, runner: str) -> None:
+    """Give back what the ended actor ``runner`` held for its ranks.
+
+    Ray Train leaves this to an actor of its own, which finds nothing when several Rays live on one machine.
+    """
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    with suppress(RayError):
+        for group in ray.get(sink.places.remote(runner), timeout=PLACES_S):
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
+
+
 def _trainer(resources: Resources, folder: Path, payload: dict[str, Any]) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -148,10 +171,14 @@ def _trainer(resources: Resources, folder: Path, payload: dict[str, Any]) -> Any
 def run_rank(payload: dict[str, Any]) -> None:
     """The function of every rank under Ray Train: one member after another, until the processes are ended."""
     import ray.train
+    from ray.util.placement_group import get_current_placement_group
 
     add_paths(payload["paths"])
     import_ahead(payload["modules"])
     gang, sink, rank = payload["gang"], payload["sink"], ray.train.get_context().get_world_rank()
+    group = get_current_placement_group()
+    if rank == 0 and group is not None:
+        ray.get(sink.placed.remote(payload["runner"], group.id.hex()))
     number = 0
     while True:
         member = ray.get(sink.take.remote(gang, number))

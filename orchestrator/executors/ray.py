@@ -253,6 +253,10 @@ class RayExecutor:
 
         with suppress(ray.exceptions.RayError):
             ray.kill(runner.actor)
+        if runner.gang:
+            from orchestrator.executors.gang import free_places
+
+            free_places(self._sink, runner.actor._actor_id.hex())
 
     def cancel(self, node: str, kill: bool = False) -> None:
         """See :class:`orchestrator.executors.base.Executor`. The flag lies beside the member's scratch folder."""

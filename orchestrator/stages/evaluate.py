@@ -64,9 +64,7 @@ class Stage(StageBase[EvaluateConfig]):
         "aggregator": Port("aggregator", optional=True, doc="the pre-trained aggregator, scored as a classifier"),
         "experts": Port("model", many=True, optional=True, doc="for rows whose features are not cached"),
         "features": Port("features", many=True, optional=True, doc="the experts' cached features"),
-        "oracle": Port(
-            "model", optional=True, also=NETWORKS, doc="saw labels of the test domains: the ceiling"
-        ),
+        "oracle": Port("model", optional=True, also=NETWORKS, doc="saw labels of the test domains: the ceiling"),
     }
     Config: ClassVar[type[StageConfig]] = EvaluateConfig
 

@@ -73,7 +73,7 @@ def test_only_the_killed_module_runs_again(ray_local, tmp_path):
     assert killed == list(VICTIMS)
     assert outcome.status == "finished"
     assert outcome.artifacts == calm.artifacts
-    events = run.events()
+    events = list(run.events())
     starts = Counter(event.node for event in events if event.kind == "member-started")
     assert {node for node, count in starts.items() if count > 1} == set(VICTIMS)
     assert starts.keys() == calm.artifacts.keys()
