@@ -55,7 +55,9 @@ class Config(SupervisedConfig):
     @model_validator(mode="after")
     def _dense(self) -> Config:
         if self.backbone.gmoe is not None or self.backbone.emoe is not None:
-            raise ValueError("The backbone has experts already; EMoE converts a dense one: leave gmoe and emoe out of it.")
+            raise ValueError(
+                "The backbone has experts already; EMoE converts a dense one: leave gmoe and emoe out of it."
+            )
         return self
 
 
