@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from moe.errors import DataError, EnvironmentProblem, NotFoundError
 from workers.datasets import _miniatures as paint
 from workers.datasets._arrays import domain_data, held_out
+from workers.datasets._listed_images import photo_info
 from workers.datasets._wilds import MARKER
 from workers.datasets._wilds_archive import unpack
 from workers.datasets.base import DatasetInfo, DomainData, IntArray, Missing
@@ -46,18 +47,11 @@ class CifarOptions(BaseModel):
 
 def cifar_info(name: str, classes: int, title: str) -> DatasetInfo:
     """The record of one of the two sets."""
-    return DatasetInfo(
-        name=name,
-        title=title,
-        task="multiclass",
-        num_outputs=classes,
-        channels=3,
-        image_size=(SIDE, SIDE),
-        domain_field="domain",
-        group_fields=("domain",),
-        metrics=("accuracy", "macro_f1"),
-        selection_metric="accuracy",
-        normalisation="imagenet",
+    return photo_info(
+        name,
+        classes,
+        title,
+        side=SIDE,
         licence="unstated; free for research",
         source="official archive, python version, in torchvision's layout",
         citation="Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images",
