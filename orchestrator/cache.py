@@ -135,9 +135,17 @@ class KeyMaker:
             MoepipeError: what the stage reads from outside is missing or damaged.
         """
         self.read_code([node])
+        return cache_key(node, input_digests, self.external(node), self._code[node.stage])
+
+    def external(self, node: Node) -> Mapping[str, str]:
+        """Digests of what the node's stage reads from outside the store, worked out once.
+
+        Raises:
+            MoepipeError: it is missing or damaged.
+        """
         if node.stage not in self._external:
             self._external[node.stage] = stage_of(node.kind).external(node.config, self._data_root)
-        return cache_key(node, input_digests, self._external[node.stage], self._code[node.stage])
+        return self._external[node.stage]
 
 
 def explain_miss(key: Key, earlier: Iterable[KeyRecord], node: str = "") -> str:

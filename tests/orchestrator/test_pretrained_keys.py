@@ -7,13 +7,14 @@ import torch
 from safetensors.torch import save_file
 
 from moe.backbones import build_classifier
+from moe.errors import EnvironmentProblem, NotFoundError
 from moe.specs import BackboneSpec
 from orchestrator.graph import build_graph
 from orchestrator.plan import make_plan
 from orchestrator.stages.train import Stage
 from tests.support.pipelines import go, pipeline
 from tests.workers.toy import register
-from workers.packaged_weights import _PACKAGED
+from workers.packaged_weights import _PACKAGED, require
 
 SPEC = BackboneSpec(name="tiny_cnn", channels=1, width=2)
 
@@ -61,9 +62,30 @@ def test_a_missing_file_blocks_the_plan_in_words(store, tmp_path):
     assert told.state == "blocked" and "none.pth" in told.reason
 
 
+def test_missing_files_of_later_stages_are_told_before_any_stage_works(store, tmp_path):
+    spec = pipeline(stages({**SPEC.model_dump(), "pretrained": str(tmp_path / "none.pth")}))
+    plan = make_plan(build_graph(spec), store, None, store.folder / "data")
+    assert plan.entries["erm/seed=0"].reason.startswith("waits for data")
+    with pytest.raises(NotFoundError, match=r"Nothing was started.*none.pth"):
+        plan.require_sources()
+    assert "none.pth" in plan.to_json()["problems"][0] and "missing" not in plan.to_json()
+
+
+def test_weights_that_cannot_be_read_here_are_an_error_of_the_environment(tmp_path, monkeypatch):
+    _, package, _, file = _PACKAGED["vit_small_focus"]
+    path = tmp_path / "packages" / package / file
+    path.parent.mkdir(parents=True)
+    (tmp_path / "packages" / package / "__init__.py").touch()
+    path.touch()
+    monkeypatch.setattr("workers.packaged_weights.find_spec", lambda package: None)
+    with pytest.raises(EnvironmentProblem, match="onnx"):
+        require("vit_small_focus", tmp_path)
+
+
 @pytest.mark.parametrize("name", sorted(_PACKAGED))
 def test_packaged_weights_below_the_data_root_are_digested(name, tmp_path, monkeypatch):
     monkeypatch.delenv("MOEPIPE_DATA", raising=False)
+    monkeypatch.setattr("workers.packaged_weights.find_spec", lambda package: package)
     _, package, _, file = _PACKAGED[name]
     path = tmp_path / "packages" / package / file
     path.parent.mkdir(parents=True)
