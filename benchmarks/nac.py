@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from benchmarks.measure import Row, alternate
+from benchmarks.nac_whole import step_rows
 from benchmarks.setting import Sizes
 from moe.models.nac.attention import LatentAttention, Nodes
 from moe.models.nac.ffn import ModFFN
@@ -32,11 +33,12 @@ def run(sizes: Sizes) -> list[Row]:
     quick = sizes.pixels < 64
     torch.manual_seed(0)
     if quick:
-        return [*read_in("tiny sizes", 2, 8, 9, 16, 12, 2, 1.0, 1), matching(16, 4, 1), *second_order(1, 8, 12, 16, 2)]
+        rows = [*read_in("tiny sizes", 2, 8, 9, 16, 12, 2, 1.0, 1), matching(16, 4, 1)]
+        return [*rows, *second_order(1, 8, 12, 16, 2), *step_rows(quick)]
     rows = read_in("Tiny-ImageNet", 2, 64, 64, 384, 256, 6, 8.0, sizes.repetitions)
     rows += read_in("ImageNet", 1, 192, 784, 512, 320, 8, 40.0, 1)
     rows += [matching(256, 8, sizes.repetitions), matching(768, 8, 1)]
-    return rows + second_order(2, 256, 320, 384, sizes.repetitions)
+    return rows + second_order(2, 256, 320, 384, sizes.repetitions) + step_rows(quick)
 
 
 def official_read_in(layer: ReadInAttention, states: Tensor, codes: Tensor, tokens: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ export MOEPIPE_DATA="${MOEPIPE_DATA:-$HOME/moepipe/data}"
 # export MLFLOW_TRACKING_URI=http://mlflow.internal:5000
 
 export PATH="$HOME/moepipe/venv/bin:$PATH"
+ulimit -n 65536 2> /dev/null || ulimit -n "$(ulimit -H -n)" # Ray keeps many files open: as many as this user may
 export RAY_USAGE_STATS_ENABLED=0 # nothing is reported to anybody
 export MLFLOW_DISABLE_TELEMETRY=true
 export RAY_JOB_STOP_WAIT_TIME_S=120 # `moepipe cluster cancel` waits for the members' checkpoints
@@ -22,3 +23,12 @@ export RAY_TRAIN_ENABLE_PRINT_PATCH=0
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
 export DS_BUILD_OPS=0 # DeepSpeed compiles nothing while it is installed
 export OMP_NUM_THREADS=1 # members set their own number of threads
+
+# How soon the head believes that a host is gone: it asks each node every 2 s and gives it 4 s to answer; after three
+# misses the node is dead for good (its Ray starts anew). A host that loses power is noticed in about 15 s at most.
+# Ray's own values take up to a minute. Shorter ones would bury hosts that are only busy.
+export RAY_health_check_period_ms=2000
+export RAY_health_check_timeout_ms=4000
+export RAY_health_check_failure_threshold=3
+# A node that cannot reach its head for so long ends itself and what it runs, so that its members may go on elsewhere.
+export RAY_gcs_rpc_server_reconnect_timeout_s=30

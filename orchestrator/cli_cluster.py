@@ -1,4 +1,4 @@
-"""Commands for clusters: token, up, jobs, logs, cancel; and the two that ``submit`` and the cluster itself call."""
+"""Commands for clusters: token, up, down, jobs, logs, cancel; and those that ``submit`` and the cluster call."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orchestrator import cli_options as opt
+from orchestrator.cli_cluster_hosts import down, up
 
 if TYPE_CHECKING:
     from orchestrator.cluster_doctor import NodeReport
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from orchestrator.spec import PipelineSpec
 
 app = typer.Typer(help="Run pipelines on a Ray cluster from here.", no_args_is_help=True)
+app.command()(up)
+app.command()(down)
 
 Where = Annotated[
     str,
@@ -39,25 +42,6 @@ def token(
 
     new = make_token(path)
     console.say(f"{path.expanduser()}: {'made' if new else 'was there already'}, readable by you alone")
-
-
-@app.command()
-def up(
-    where: Annotated[Path, typer.Argument(metavar="CLUSTER", help="The cluster's YAML.")] = Path("cluster.yaml"),
-) -> None:
-    """Start or update a cluster: `ray up` with the settings that its provider needs."""
-    import subprocess
-    import sys
-
-    from moe.errors import EnvironmentProblem
-    from orchestrator.cluster_tunnel import ray_environment, read_cluster, use_token
-
-    config = read_cluster(where)
-    use_token(config)
-    command = [sys.executable, "-m", "ray.scripts.scripts", "up", str(where), "--yes", "--no-config-cache"]
-    code = subprocess.run(command, env=ray_environment(config)).returncode
-    if code != 0:
-        raise EnvironmentProblem(f"`ray up {where}` ended with code {code}.", "Its words stand above.")
 
 
 @app.command()

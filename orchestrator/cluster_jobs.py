@@ -8,6 +8,7 @@ job with the next number, which continues the run.
 from __future__ import annotations
 
 import asyncio
+import builtins
 import json
 import os
 import shlex
@@ -22,8 +23,9 @@ from typing import Any
 from moe.errors import EnvironmentProblem, NotFoundError
 
 SUBMISSION = "submission.json"
-_RUNNING = ("PENDING", "RUNNING")
+RUNNING = ("PENDING", "RUNNING")
 _POLL_S = 0.5
+PATIENCE_S = 60.0
 
 
 def _program() -> str:
@@ -46,6 +48,20 @@ class Ended:
     status: str
     exit_code: int
     message: str
+
+
+class _Passed:
+    """Passes a text on once, however often its beginning comes again."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write, self._seen = write, 0
+
+    def take(self, text: str, position: int) -> None:
+        """A piece of the text that begins at ``position``."""
+        new = text[max(0, self._seen - position) :]
+        if new:
+            self._write(new)
+            self._seen = position + len(text)
 
 
 class Jobs:
@@ -87,7 +103,7 @@ class Jobs:
             (submission id, whether it is new)
         """
         earlier = self.of_run(run)
-        if earlier and self.status(earlier[-1]) in _RUNNING:
+        if earlier and self.status(earlier[-1]) in RUNNING:
             return earlier[-1], False
         job = run if not earlier else f"{run}.{len(earlier) + 1}"
         with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +125,7 @@ class Jobs:
         """Run a command of moepipe on the head and wait; its output is that of :meth:`logs`."""
         job = f"{name}-{int(time.time() * 1000):x}"
         self._client.submit_job(entrypoint=f"{_program()} {shlex.join(words)}", submission_id=job)
-        while self.status(job) in _RUNNING:
+        while self.status(job) in RUNNING:
             time.sleep(_POLL_S)
         return self.ended(job)
 
@@ -131,29 +147,42 @@ class Jobs:
         """What the driver has written so far."""
         return str(self._client.get_job_logs(job))
 
-    def follow(self, job: str, write: Callable[[str], None]) -> Ended:
-        """Pass on what the driver writes until it ends. A connection that breaks is made again."""
-        seen = 0
+    def follow(self, job: str, write: Callable[[str], None], patience_s: float = PATIENCE_S) -> Ended:
+        """Pass on what the driver writes until it ends. A connection that breaks is made again.
+
+        Raises:
+            EnvironmentProblem: the head has not answered, or has not known the job, for ``patience_s``.
+        """
+        passed = _Passed(write)
+        silent: float | None = None
         while True:
             with suppress(Exception):  # whatever the web client makes of a dashboard that restarts
-                seen = asyncio.run(self._tail(job, write, seen))
-            if self.status(job) not in _RUNNING:
+                asyncio.run(self._tail(job, passed))
+            try:
+                running = self.status(job) in RUNNING
+                silent = None
+            except Exception as error:  # the same
+                silent = silent or time.monotonic()
+                if time.monotonic() - silent > patience_s:
+                    said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                    raise EnvironmentProblem(
+                        f"The head has not answered for {patience_s:g} s: {said}.",
+                        "When the cluster is up again, submit the same pipeline with the same --run: it goes on "
+                        "from the store.",
+                    ) from None
+                time.sleep(_POLL_S)
+                continue
+            if not running:
                 break
             time.sleep(_POLL_S)
-        whole = self.logs(job)
-        if len(whole) > seen:
-            write(whole[seen:])
+        passed.take(self.logs(job), 0)
         return self.ended(job)
 
-    async def _tail(self, job: str, write: Callable[[str], None], seen: int) -> int:
+    async def _tail(self, job: str, passed: _Passed) -> None:
         position = 0
         async for text in self._client.tail_job_logs(job):
-            new = text[max(0, seen - position) :]
+            passed.take(text, position)
             position += len(text)
-            if new:
-                write(new)
-                seen = position
-        return max(seen, position)
 
     def stop(self, run: str) -> str:
         """Ask the running job of a run to stop at its members' next checkpoints; returns its id.
@@ -161,13 +190,22 @@ class Jobs:
         Raises:
             NotFoundError: it has no running job.
         """
-        running = [job for job in self.of_run(run) if self.status(job) in _RUNNING]
+        running = [job for job in self.of_run(run) if self.status(job) in RUNNING]
         if not running:
             raise NotFoundError(f"Run {run} has no running job at {self.address}.", "moepipe cluster jobs lists them.")
         self._client.stop_job(running[-1])
         return running[-1]
 
-    def list(self) -> list[dict[str, Any]]:
+    def nodes(self) -> builtins.list[str]:
+        """Addresses of the nodes that are alive; empty while the dashboard cannot say."""
+        from ray.util.state import list_nodes
+
+        with suppress(Exception):  # several kinds, while the head's processes start
+            found = list_nodes(self.address, filters=[("state", "=", "ALIVE")], raise_on_missing_output=False)
+            return sorted(str(node.node_ip) for node in found)
+        return []
+
+    def list(self) -> builtins.list[dict[str, Any]]:
         """Jobs of runs, newest first: run, job, status, start."""
         found = [job for job in self._client.list_jobs() if (job.metadata or {}).get("moepipe_run")]
         found.sort(key=lambda job: job.start_time or 0, reverse=True)

@@ -11,6 +11,7 @@ import importlib
 import os
 import pickle
 import shutil
+import socket
 import sys
 import time
 import traceback
@@ -21,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from moe.errors import Interrupted, MoepipeError, RunFailed
+from moe.errors import EnvironmentProblem, Interrupted, MoepipeError, RunFailed
 from orchestrator.artifacts import Artifact, canonical_json, disk_problem
 from orchestrator.cluster_courier import Courier
 from orchestrator.codedigest import code_digests
@@ -144,6 +145,34 @@ def _check_code(task: Task, stage: StageBase[Any], config: Any) -> None:
         )
 
 
+_SOUND: dict[str, tuple[tuple[str, int, int], ...]] = {}
+
+
+def _sound(store: Store, digest: str, member: str) -> Artifact:
+    """An artifact whose bytes are those of its digest: nobody computes from damaged ones. Hashed once per process.
+
+    A damaged one is removed, so that the next start of the pipeline finds a miss and makes it again.
+    """
+    artifact = store.artifact(digest)
+    folder = store.local_path(artifact)
+    files = [(name, folder / name) for name in sorted(artifact.files)]
+    if all(path.is_file() for _, path in files):
+        marks = tuple((name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files)
+        if _SOUND.get(digest) == marks:
+            return artifact
+        problems = store.verify(artifact)
+        if not problems:
+            _SOUND[digest] = marks
+            return artifact
+    else:
+        problems = [f"file {next(name for name, path in files if not path.is_file())} is missing"]
+    store.remove(digest)
+    raise EnvironmentProblem(
+        f"Artifact {digest[:12]} of {member} is damaged in the store: {problems[0]}. It was removed.",
+        "`moepipe resume` makes it again. Check the disk.",
+    )
+
+
 def _produce(task: Task, store: Store, launcher: Launcher, reporter: TaskReporter) -> Artifact:
     """Import the stage, run it and commit its output."""
     for kind, module in task.kinds.items():  # those that the driver added by hand are unknown here
@@ -155,7 +184,7 @@ def _produce(task: Task, store: Store, launcher: Launcher, reporter: TaskReporte
     for port, refs in task.inputs.items():
         inputs[port] = []
         for ref in refs:
-            artifact = store.artifact(ref.digest)
+            artifact = _sound(store, ref.digest, ref.member)
             inputs[port].append(Input(ref.member, ref.digest, store.local_path(artifact), artifact.meta))
     _set_threads(task.resources.threads)
     output = store.staging()
@@ -211,7 +240,7 @@ def run_member(task: Task, emit: Emit, launcher: Launcher = run_here, stop: Call
     store = _store(task.store, task.cache)
     log = Path(task.log)
     reporter = TaskReporter(task.node, emit, stop_flag(store, task.key.digest), log, stop)
-    emit(Signal(task.node, "started", {"attempt": task.attempt, "pid": os.getpid()}))
+    emit(Signal(task.node, "started", {"attempt": task.attempt, "pid": os.getpid(), "host": socket.gethostname()}))
     start = time.monotonic()
     try:
         with _member_lock(store, task, reporter), SystemMetrics(reporter.samples), Courier(store, task) as courier:

@@ -140,7 +140,8 @@ def _stage(path: str, kind: str, stage: StageBase[Any]) -> Explanation:
     doc = _clean(sys.modules[type(stage).__module__].__doc__ or type(stage).__doc__)
     runs = "once for every seed" if stage.per_seed else "once over all seeds"
     gang = " Runs as a gang of resources.workers ranks." if stage.gang else ""
-    made = f"Makes an artifact of kind {stage.output!r}, {runs}.{gang}"
+    change = f" Fields that may change in training: {', '.join(stage.changeable)}." if stage.changeable else ""
+    made = f"Makes an artifact of kind {stage.output!r}, {runs}.{gang}{change}"
     ports = tuple(FieldDoc(f"inputs.{p.name}", p.type, p.default, p.bounds, p.doc) for p in _ports(stage))
     config = tuple(
         FieldDoc(f"config.{f.name}", f.type, f.default, f.bounds, f.doc, f.presets) for f in model_fields(stage.Config)

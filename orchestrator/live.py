@@ -139,6 +139,8 @@ class Lines(Silent):
             spent = event.data.get("seconds")
             done, everything = self.view.count(*DONE), len(self.view.nodes)
             self._line(view, f"finished in {seconds(spent)}  [{done}/{everything}]")
+        elif event.kind == "member-log" and event.data.get("warning"):
+            self._line(view, f"warning: it {event.data['message']}")
         elif event.kind == "member-failed":
             what = "will be tried again" if view.state == "waiting" else view.state
             self._line(view, f"{what}: {view.error}")
@@ -176,6 +178,12 @@ class Live(Silent):
     def note(self, message: str) -> None:
         """See :class:`Display`."""
         self._live.console.print(message, markup=False)
+
+    def __call__(self, event: Event) -> None:
+        """See :class:`Display`."""
+        super().__call__(event)
+        if event.kind == "member-log" and event.data.get("warning"):
+            self.note(f"{event.node}: warning: it {event.data['message']}")
 
     def render(self) -> Group:
         """The whole display, as it is now."""

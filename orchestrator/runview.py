@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,6 +12,8 @@ from orchestrator.tracking_state import parse_node
 
 State = Literal["waiting", "running", "hit", "finished", "failed", "stopped", "skipped"]
 DONE: tuple[State, ...] = ("hit", "finished")
+PACE_S, PACE_EVERY_S = 300.0, 1.0
+"""The stretch of time from which a member's speed is told, and how often a point of it is kept."""
 OVER: tuple[State, ...] = ("hit", "finished", "failed", "stopped", "skipped")
 
 
@@ -30,6 +33,8 @@ class NodeView:
         artifact: digest of what it made.
         error: message of the last failure.
         log: last log line.
+        pace: (seconds since 1970, units done) of reports since the last start, oldest first, the last minutes of them.
+        begun: part that was already done when it last started: an earlier session's work, resumed.
     """
 
     node: str
@@ -44,6 +49,8 @@ class NodeView:
     artifact: str = ""
     error: str = ""
     log: str = ""
+    pace: deque[tuple[float, int]] = field(default_factory=deque)
+    begun: float = 0.0
 
     @property
     def fraction(self) -> float:
@@ -59,11 +66,17 @@ class NodeView:
         return (self.ended or now) - self.started
 
     def eta(self, now: float) -> float | None:
-        """Seconds left at the speed so far; None when unknown."""
-        elapsed = self.seconds(now)
-        if self.state != "running" or not elapsed or not self.fraction:
+        """Seconds left at the speed of the last minutes; None when unknown.
+
+        A first report of more than one unit says nothing yet: after a resume it counts the work of an earlier session.
+        """
+        if self.state != "running" or not self.pace or self.started is None:
             return None
-        return elapsed * (1 - self.fraction) / self.fraction
+        since, before = self.pace[0] if len(self.pace) > 1 else (self.started, 0)
+        last, done = self.pace[-1]
+        if last <= since or done <= before or (len(self.pace) == 1 and done > 1):
+            return None
+        return max(0.0, (self.total - done) * (last - since) / (done - before) - (now - last))
 
 
 @dataclass
@@ -108,11 +121,12 @@ class StageSummary:
         return (now if running or not ends else max(ends)) - min(starts)
 
     def eta(self, now: float) -> float | None:
-        """Seconds left when the stage goes on as it did; None when unknown."""
+        """Seconds left when the stage goes on as it did, hits and resumed work apart; None when unknown."""
         elapsed = self.seconds(now)
-        if self.state != "running" or not elapsed or self.fraction <= 0:
+        worked = sum(member.fraction - member.begun for member in self.members if member.state != "hit")
+        if self.state != "running" or not elapsed or worked <= 0:
             return None
-        return elapsed * (1 - self.fraction) / self.fraction
+        return elapsed * sum(1 - member.fraction for member in self.members) / worked
 
     @property
     def values(self) -> dict[str, float]:
@@ -173,9 +187,22 @@ class RunView:
 def _started(view: NodeView, event: Event) -> None:
     view.state, view.started, view.ended, view.error = "running", event.time, None, ""
     view.attempts = int(event.data.get("attempt", view.attempts + 1))
+    view.pace.clear()
+    view.begun = 0.0
 
 
 def _progress(view: NodeView, event: Event) -> None:
+    done, total = int(event.data["done"]), int(event.data["total"])
+    if view.pace and (done < view.pace[-1][1] or total != view.total):
+        view.pace.clear()  # it counts something else now
+    elif not view.pace and 1 < done < total:
+        view.begun = done / total
+    if len(view.pace) < 2 or event.time - view.pace[-2][0] >= PACE_EVERY_S:
+        view.pace.append((event.time, done))
+    else:
+        view.pace[-1] = (event.time, done)
+    while len(view.pace) > 2 and event.time - view.pace[1][0] > PACE_S:
+        view.pace.popleft()
     view.done, view.total = int(event.data["done"]), int(event.data["total"])
     view.values = dict(event.data.get("values") or {})
 

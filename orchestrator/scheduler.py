@@ -27,6 +27,7 @@ from orchestrator.outcome import Failure, Outcome
 from orchestrator.policies import Decision, RetryPolicy, backoff_s
 from orchestrator.runs import Run, Status
 from orchestrator.store import Key, Store
+from orchestrator.stragglers import Stragglers
 from orchestrator.tasks import Place, make_task
 from orchestrator.telling import Listener, Teller
 from orchestrator.weighing import Ranks
@@ -115,6 +116,7 @@ class _Loop:
         self.room = Admission(self.graph, self.executor.capacity)
         self.teller = Teller(self.run, self.listeners)
         self.rank = Ranks(self.graph, self.store)
+        self.stragglers = Stragglers()
         self.order = {name: index for index, name in enumerate(self.graph.nodes)}
 
     # ---- the loop --------------------------------------------------------------------------------------------------
@@ -281,6 +283,9 @@ class _Loop:
         if signal.kind == "finished":
             self.land(name)
             self.teller.tell("member-finished", name, key=flight.key.digest, **signal.data)
+            node = self.graph.nodes[name]
+            if not signal.data.get("reused"):
+                self.stragglers.finished(node.stage, node.member.weight, signal.data.get("seconds", 0.0))
             self.decide(self.settle(name, signal.data["digest"]))
         elif signal.kind == "failed":
             self.land(name)
@@ -327,13 +332,22 @@ class _Loop:
         self.decide(self.settle(name, None))
 
     def watch_time(self) -> None:
-        """End members that are over their time."""
+        """End members that are over their time, and tell about slow ones."""
         now = time.monotonic()
         for name, flight in self.flights.items():
             limit = self.graph.nodes[name].timeout_s
             if limit and flight.started and now - flight.started > limit and not flight.timed_out:
                 flight.timed_out = True
                 self.executor.cancel(name, kill=True)
+        if self.stragglers.due():
+            nodes = self.graph.nodes
+            running = [
+                (name, nodes[name].stage, nodes[name].member.weight, flight.started)
+                for name, flight in self.flights.items()
+                if flight.started is not None
+            ]
+            for name, words in self.stragglers.slow(running).items():
+                self.teller.tell("member-log", name, message=words, warning=True)
 
     def land(self, name: str) -> None:
         """A node is no longer in flight."""

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from moe.errors import MoepipeError
 from orchestrator.positions import Place, Problem, Tree
-from orchestrator.stages.base import StageBase
+from orchestrator.stages.base import STAGES, StageBase
 from orchestrator.stages.search import SearchConfig
 from orchestrator.validation import validate
 from workers.search_space import Space, get_path, identity, with_values
@@ -37,6 +37,8 @@ def problems(config: SearchConfig) -> list[Finding]:
     found = list(_config_findings(config, stage, space))
     if not found:
         found = [*_members_findings(config, stage, space), *_grid_findings(config, space)]
+    if config.lanes:
+        found += _segment_findings(config, stage)
     return [*found, *selection_findings(config)]
 
 
@@ -112,6 +114,31 @@ def _grid_findings(config: SearchConfig, space: Space) -> Iterator[Finding]:
         return
     for name in space.endless():
         yield ("space", name), "a grid needs listed values, and this is a range.", "Use choice, int, or a step."
+
+
+def _segment_findings(config: SearchConfig, stage: StageBase[Any]) -> Iterator[Finding]:
+    """Only what a stage says may change while it trains can be a dimension of a population, or part of a schedule."""
+    kind, allowed = config.stage.kind, stage.changeable
+    if not allowed:
+        able = [name for name in STAGES.names() if STAGES.load(name).Stage.changeable]
+        text = f"stage kind {kind!r} cannot go on from the training state of another trial."
+        yield ("algorithm",), text, f"Stage kinds that can: {', '.join(able)}."
+        return
+    places: list[tuple[tuple[str | int, ...], str]] = [(("space", name), name) for name in config.space]
+    for number, change in enumerate(config.schedule):
+        places += [(("schedule", number, "values", name), name) for name in change.values]
+    for place, name in places:
+        if name not in allowed:
+            text = f"{name!r} cannot change while training goes on."
+            yield place, text, f"Fields of {kind!r} that can: {', '.join(allowed)}."
+    for number, change in enumerate(config.schedule):
+        try:
+            seen = _read(stage.Config, with_values(config.stage.config, change.values))
+        except MoepipeError as error:
+            yield ("schedule", number, "values"), error.message, error.hint
+            continue
+        for problem in seen[:1]:
+            yield ("schedule", number, "values"), f"{problem.path}: {problem.message}", problem.hint
 
 
 def selection_findings(config: SearchConfig) -> Iterator[Finding]:

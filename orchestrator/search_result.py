@@ -36,8 +36,9 @@ def search_lines(searches: Sequence[Mapping[str, Any]]) -> list[str]:
         scores = ", ".join(f"{n} {v:.5g}" for n, v in zip(search["metrics"], best["objective"], strict=False))
         failed = f", {trials['failed']} failed" if trials["failed"] else ""
         stopped = f", {trials['stopped']} stopped early" if trials["stopped"] else ""
+        word = "ending with" if len(best.get("schedule", ())) > 1 else "with"
         lines.append(
-            f"{search['node']}: {scores} with {shown(best['values'])} ({trials['done']} trials{failed}{stopped})"
+            f"{search['node']}: {scores} {word} {shown(best['values'])} ({trials['done']} trials{failed}{stopped})"
         )
     more = len(searches) - _MOST
     return [*lines, *([f"and {more} more searches"] if more > 0 else [])]

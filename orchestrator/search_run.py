@@ -11,18 +11,21 @@ from typing import Any, Literal, cast
 
 from moe.errors import Interrupted, MoepipeError, RunFailed, SpecError, nearest
 from orchestrator.blobs import write_atomic
-from orchestrator.context import MemberContext
+from orchestrator.context import CodeChanged, MemberContext
 from orchestrator.search_check import metric_value, numbers
 from orchestrator.search_trial import Outcome, TrialMaker, found, known_points, run_trial, store_of
 from orchestrator.stages.base import Member
-from orchestrator.stages.search import SearchConfig
+from orchestrator.stages.search import KIND, SearchConfig
 from orchestrator.store import Store
 from workers.context import Context
+from workers.search_lineage import schedule
+from workers.search_population import Population, Schedule, Segments
 from workers.search_propose import Fixed, Proposer, Tpe, finite, random_points, restarts, shown
 from workers.search_report import Row, Study, best_row, write_study
-from workers.search_space import Values
+from workers.search_space import OWN, SEED, Values
 
 _ALWAYS_FAILS = 5
+MOST_SEGMENTS = 1_000_000
 STUDY = "search"
 
 
@@ -61,26 +64,44 @@ class Search:
         self.trials: list[Trial] = []
         self.reused = 0
         self._asked = 0
+        self.proposer: Proposer = Fixed(iter(()))  # what earlier searches made is settled first
         self.proposer = self._begin()
 
     # ---- what to try -----------------------------------------------------------------------------------------------
 
     @property
+    def segments(self) -> Segments | None:
+        """What proposes the trials, if they are segments of longer runs."""
+        return self.proposer if isinstance(self.proposer, Segments) else None
+
+    @property
     def most(self) -> int:
-        """Trials in all."""
+        """Trials in all; of a population as far as is known yet."""
+        if self.segments is not None:
+            return self.segments.planned
         return self.config.trials or int(self.space.size())
+
+    @property
+    def limit(self) -> int:
+        """What the number of trials never exceeds."""
+        return self.most if self.segments is None else MOST_SEGMENTS
 
     def _begin(self) -> Proposer:
         config = self.config
         if config.algorithm == "grid":
             return Fixed(self.space.grid())
         if config.algorithm == "restarts":
-            return Fixed(restarts(self.most))
+            return Fixed(restarts(config.trials or 1))
+        if config.algorithm == "schedule":
+            return Schedule(config.schedule)
+        seed = self.maker.seed(0) if config.sampler_seed is None else config.sampler_seed
+        written = self.space.project(_plain(config)) if config.include_written else None
+        if config.population is not None:
+            first = [] if written is None else [written]
+            return Population(self.space, config.population, config.modes[0], seed, first)
         for values in self._known() if config.reuse else []:
             self._take_over(values)
         known = [trial.values for trial in self.trials]
-        seed = self.maker.seed(0) if config.sampler_seed is None else config.sampler_seed
-        written = self.space.project(_plain(config)) if config.include_written else None
         first = [written] if written is not None and written not in known else []
         if config.algorithm == "random":
             return Fixed(random_points(self.space, seed, first, known))
@@ -111,7 +132,7 @@ class Search:
         Raises:
             SpecError: no trial can succeed.
         """
-        while len(self.trials) < self.most:
+        while len(self.trials) < self.limit:
             values = self.proposer.ask()
             if isinstance(values, str):
                 return values
@@ -140,9 +161,12 @@ class Search:
             SpecError: the metric does not exist.
             RunFailed: the first trials have all failed.
             Interrupted: the trial was stopped because the search was.
+            CodeChanged: the source files changed while the search was going on.
         """
         if outcome.state == "interrupted":
             raise Interrupted(f"{self.context.task.node} was asked to stop.", "Finished trials are kept.")
+        if outcome.code_changed:
+            raise CodeChanged(outcome.error, "Run `moepipe resume`: finished trials of the same code are kept.")
         trial = self.trials[number]
         state, error, objective, runs = outcome.state, outcome.error, None, []
         if state == "done":
@@ -155,7 +179,7 @@ class Search:
             runs = [[outcome.curve[-1][1]]]
         row = Row(
             number=number,
-            values=dict(trial.values),
+            values={name: value for name, value in trial.values.items() if name == SEED or not name.startswith(OWN)},
             state=state,
             objective=objective,
             runs=runs,
@@ -164,6 +188,7 @@ class Search:
             artifacts=list(outcome.artifacts),
             curve=[list(point) for point in outcome.curve],
             steps=outcome.steps,
+            segment=self._segment(trial, state),
         )
         trial.row = row
         if trial.asked is not None:
@@ -172,6 +197,15 @@ class Search:
         self._tell(row, source)
         self._give_up()
         return row
+
+    def _segment(self, trial: Trial, state: str) -> dict[str, Any] | None:
+        """Say what a segment has made; the record of the segment."""
+        if self.segments is None or trial.asked is None:
+            return None
+        if state == "done":
+            meta = self.store.artifact(trial.artifact).meta
+            self.segments.made(trial.asked, trial.artifact, int(meta.get("segment", {}).get("left", 0)))
+        return self.segments.steps[trial.asked].record()
 
     def _scores(self, digest: str) -> list[float]:
         meta = self.store.artifact(digest).meta
@@ -193,7 +227,7 @@ class Search:
         best = best_row(rows, self.config.modes)
         said = {"done": _numbers(row.objective or []), "failed": f"failed: {row.error}"}.get(row.state, row.state)
         where = {"store": " (from the store)", "earlier": " (made earlier)"}.get(source, "")
-        self.context.log(f"trial {row.number}: {said}{where}  {shown(row.values)}")
+        self.context.log(f"trial {row.number}: {said}{where}  {shown(row.values)}{_whose(row)}")
         values = {}
         if row.objective:
             values["trial/objective"] = row.objective[0]
@@ -227,10 +261,11 @@ class Search:
         config, rows = self.config, self.rows()
         best = best_row(rows, config.modes)
         done = sum(row.state == "done" for row in rows)
-        if best is None or done < config.min_trials:
+        if best is None or not best.whole or done < config.min_trials:
             first = next((row for row in rows if row.state == "failed"), None)
             why = f" Trial {first.number} failed: {first.error}" if first else ""
-            raise RunFailed(f"{done} of {len(rows)} trials succeeded, {config.min_trials} must.{why}")
+            whole = "" if best is None or best.whole else " None of them came to the end of training."
+            raise RunFailed(f"{done} of {len(rows)} trials succeeded, {config.min_trials} must.{whole}{why}")
         artifact = self.store.artifact(self.trials[best.number].artifact)
         copy_files(self.store.local_path(artifact), list(artifact.files), self.context.output)
         study = Study(
@@ -244,14 +279,15 @@ class Search:
             space=self.space,
             rows=rows,
         )
-        chosen = config.point(best.values).model_dump(mode="json")
-        write_study(study, chosen, self.context.output / STUDY, config.figures)
+        write_study(study, *self._chosen(best), self.context.output / STUDY, config.figures)
         counts = {state: sum(row.state == state for row in rows) for state in ("done", "failed", "stopped")}
         self.context.log(
             f"best: trial {best.number}, {_numbers(best.objective or [])}, {shown(best.values)}. {len(rows)} trials: "
             f"{self.reused} from the store, {len(rows) - self.reused} run now; {counts['failed']} failed, "
             f"{counts['stopped']} stopped early."
         )
+        if self.segments is not None and self.segments.generation < 2:
+            self.context.log("Training ended with the first segment, so nothing was changed: lower the interval.")
         if rows and self.reused == len(rows) and config.algorithm in ("random", "tpe") and self.space.dimensions:
             self.context.log("Every trial was there already: raise `trials` to try new points.")
         return {
@@ -260,10 +296,30 @@ class Search:
                 "metrics": study.metrics,
                 "modes": study.modes,
                 "selection": study.selection,
-                "best": {"trial": best.number, "values": best.values, "objective": best.objective},
+                "best": {
+                    "trial": best.number,
+                    "values": best.values,
+                    "objective": best.objective,
+                    **({} if best.segment is None else {"schedule": schedule(rows, best.number)}),
+                },
                 "trials": counts,
                 "artifacts": sorted({digest for row in rows for digest in row.artifacts}),
             },
+        }
+
+    def _chosen(self, best: Row) -> tuple[str, dict[str, Any]]:
+        """The stage that gives the best trial: the wrapped one, or a schedule of it."""
+        config = self.config
+        if best.segment is None:
+            return config.stage.kind, config.point(best.values).model_dump(mode="json")
+        parts = schedule(self.rows(), best.number)
+        return KIND, {
+            "stage": config.stage.model_dump(mode="json"),
+            "metric": config.metric,
+            "mode": config.mode,
+            "selection": config.selection,
+            "algorithm": "schedule",
+            "schedule": [{"until": part["until"], "values": part["values"]} for part in parts],
         }
 
 
@@ -364,6 +420,14 @@ def _plain(config: SearchConfig) -> Mapping[str, Any]:
         return config.point({}).model_dump(mode="json")
     except (ValueError, MoepipeError):
         return config.stage.config
+
+
+def _whose(row: Row) -> str:
+    """Which part of which member's training a trial was."""
+    if row.segment is None:
+        return ""
+    copied = f", from trial {row.segment['parent']}" if row.segment["copied"] else ""
+    return f" (member {row.segment['member']} to update {row.segment['until']}{copied})"
 
 
 def _numbers(values: Sequence[float]) -> str:

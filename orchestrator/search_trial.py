@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from orchestrator.artifacts import quiet_remove
 from orchestrator.cache import cache_key, code_parts
-from orchestrator.context import Launcher, run_here, run_member, stop_flag
-from orchestrator.executors.base import Signal, Task
+from orchestrator.context import CodeChanged, Launcher, run_here, run_member, stop_flag
+from orchestrator.executors.base import InputRef, Signal, Task
 from orchestrator.nodes import Node, derive_seed
 from orchestrator.reporting import Emit
 from orchestrator.spec import Retry
@@ -24,6 +24,7 @@ from orchestrator.stages.base import STAGES, Member, StageBase, StageConfig
 from orchestrator.stages.search import SearchConfig
 from orchestrator.store import Key, Store
 from workers.search_space import SEED, Values
+from workers.segments import FROM, UNTIL
 
 State = Literal["done", "failed", "stopped", "interrupted"]
 
@@ -39,6 +40,7 @@ class Outcome:
         curve: ``(update, score)`` of the first run, as far as it was watched.
         steps: updates of a trial that was stopped early.
         reused: all of it was in the store.
+        code_changed: it failed because the source files are no longer those of the search, so no trial can succeed.
     """
 
     state: State
@@ -47,6 +49,7 @@ class Outcome:
     curve: tuple[tuple[int, float], ...] = ()
     steps: int | None = None
     reused: bool = False
+    code_changed: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,17 +74,25 @@ class TrialMaker:
         """Seed of a run; the first is that of the ordinary stage."""
         return derive_seed(self.task.seed, "run", str(replicate)) if replicate else self.task.seed
 
-    def member(self, config: StageConfig) -> Member:
-        """The wrapped stage's member of the search's name."""
-        return next(member for member in self.stage.members(config) if member.name == self.task.member)
+    def member(self, config: StageConfig, values: Values) -> Member:
+        """The wrapped stage's member of the search's name; of a segment it says where that ends."""
+        found = next(member for member in self.stage.members(config) if member.name == self.task.member)
+        if UNTIL not in values:
+            return found
+        return replace(found, params={**found.params, UNTIL: values[UNTIL]})
+
+    def inputs(self, values: Values) -> dict[str, tuple[InputRef, ...]]:
+        """What arrives, and for a segment the one before it."""
+        before = {FROM: (InputRef("segment", str(values[FROM])),)} if FROM in values else {}
+        return {**self.task.inputs, **before}
 
     def key(self, values: Values, replicate: int) -> Key:
         """The key of a run, and with ``replicate`` 0 that of the ordinary stage."""
-        return self.key_of(self.config.point(values), replicate + int(values.get(SEED, 0)))
+        return self.key_of(self.config.point(values), replicate + int(values.get(SEED, 0)), values)
 
-    def key_of(self, config: StageConfig, replicate: int, lineage: str = "") -> Key:
-        """The key of a run of a config of the wrapped stage."""
-        task = self.task
+    def key_of(self, config: StageConfig, replicate: int, values: Values | None = None) -> Key:
+        """The key of a run of a config of the wrapped stage; ``values`` may make it a segment."""
+        task, values = self.task, values or {}
         modules = (STAGES.module_name(self.config.stage.kind), *self.stage.code(config))
         if modules not in self._code:
             self._code[modules] = code_parts(self.config.stage.kind, config)
@@ -89,7 +100,7 @@ class TrialMaker:
             id=task.node,
             stage=task.node.partition("/")[0],
             kind=self.config.stage.kind,
-            member=self.member(config),
+            member=self.member(config, values),
             seed=self.seed(replicate),
             seed_index=None,
             config=config,
@@ -98,21 +109,20 @@ class TrialMaker:
             timeout_s=None,
             inputs={},
         )
-        digests = {port: tuple((ref.member, ref.digest) for ref in refs) for port, refs in task.inputs.items()}
-        external = {**self.stage.external(config, task.data_root), **({"lineage": lineage} if lineage else {})}
-        return cache_key(node, digests, external, self._code[modules])
+        arriving = self.inputs(values).items()
+        digests = {port: tuple((ref.member, ref.digest) for ref in refs) for port, refs in arriving}
+        return cache_key(node, digests, self.stage.external(config, task.data_root), self._code[modules])
 
-    def make(self, number: int, values: Values, replicate: int = 0, lineage: str = "") -> Task:
+    def make(self, number: int, values: Values, replicate: int = 0) -> Task:
         """The task of one run.
 
         Args:
             number: of the trial, for its name and log.
             values: point of the space.
             replicate: which of the ``seeds`` runs.
-            lineage: what else decides the result (the history of a population's member).
         """
         config = self.config.point(values)
-        member = self.member(config)
+        member = self.member(config, values)
         suffix = f"/trial={number}" + (f"/run={replicate}" if replicate else "")
         replicate += int(values.get(SEED, 0))
         log = Path(self.task.log).with_suffix("") / f"trial={number}.log"
@@ -126,7 +136,8 @@ class TrialMaker:
             weight=member.weight,
             output=self.stage.output,
             seed=self.seed(replicate),
-            key=self.key_of(config, replicate, lineage),
+            key=self.key_of(config, replicate, values),
+            inputs=self.inputs(values),
             log=str(log),
             gang=self.stage.gang,
             leads=False,
@@ -167,7 +178,8 @@ def run_trial(
             if signal.cause in ("infrastructure", "preemption", "out_of_memory"):
                 return Outcome("failed", tuple(made), f"{signal.cause}: {signal.error}")
             state: State = "interrupted" if signal.cause == "interrupted" else "failed"
-            return Outcome(state, tuple(made), signal.error.message if signal.error else "it failed")
+            error = signal.error.message if signal.error else "it failed"
+            return Outcome(state, tuple(made), error, code_changed=isinstance(signal.error, CodeChanged))
         made.append(str(signal.data["digest"]))
     return Outcome("done", tuple(made))
 

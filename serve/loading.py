@@ -5,7 +5,8 @@ A source is one of
 - a folder with a ``manifest.json``: an artifact of kind ``model``, ``student``, ``jetpack_run`` or ``m2mkd_network``,
   or a *bundle* (kind ``served``, made by :func:`write_bundle`) that carries the experts with it;
 - the digest of an artifact in the store, or its first 8 digits or more;
-- a run id (``RUN`` takes its first student, else its only model; ``RUN/NODE`` names the member);
+- a run id (``RUN`` takes what it deployed first, else its first student, else its only model; ``RUN/NODE`` names the
+  member), or a deployment, which stands for its model;
 - ``models:/NAME@ALIAS``: a version in MLflow's registry whose tag ``moepipe.artifact`` holds the digest.
 
 A student's experts are found through the record of how it was made: its ``features`` inputs name their networks. The
@@ -34,6 +35,7 @@ from workers.modelfile import AGGREGATOR_FILE, MODEL_FILE
 BUNDLE = "served"
 _MODELS = ("model", "jetpack_run", "m2mkd_network")
 _SERVABLE = (BUNDLE, "student", *_MODELS)
+_DEPLOYMENT = "deployment"
 _REGISTRY = re.compile(r"models:/(?P<name>[^@/]+)(?:@(?P<alias>[^@/]+)|/(?P<version>\d+))")
 _DIGITS = re.compile(r"[0-9a-f]{8,64}")
 _NATURAL = re.compile(r"(\d+)")
@@ -151,6 +153,8 @@ def _folder(folder: Path, store: Store | None) -> Parts:
 
 def _stored(store: Store, digest: str, name: str = "") -> Parts:
     artifact = store.artifact(digest)
+    if artifact.kind == _DEPLOYMENT:
+        return _stored(store, str(artifact.meta["model"]), str(artifact.meta["name"]))
     return _parts(artifact, store.local_path(artifact), store, name or str(artifact.meta.get("dataset", "model")))
 
 
@@ -239,6 +243,9 @@ def _of_run(source: str, store: Store) -> Parts:
             raise NotFoundError(f"Run {run.id} has no finished member {node!r}.", f"It has: {', '.join(made)}.")
         return _stored(store, made[node], run.spec().name)
     ordered = sorted(made, key=_natural)
+    deployed = [name for name in ordered if found[name].kind == _DEPLOYMENT]
+    if deployed:
+        return _stored(store, made[deployed[0]])
     students = [name for name in ordered if found[name].kind == "student"]
     models = [name for name in ordered if found[name].kind in _MODELS and MODEL_FILE in found[name].files]
     chosen = students[:1] or models

@@ -25,6 +25,7 @@ from workers.modelfile import load_tensors, save_tensors
 
 TENSORS = "state.safetensors"
 COUNTERS = "state.json"
+BEST = "best.safetensors"
 
 
 @dataclass
@@ -95,12 +96,41 @@ class CheckpointDir:
     def save_best(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Replace the weights of the best evaluation so far."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(self.folder / "best.safetensors", tensors)
+        save_tensors(self.folder / BEST, tensors)
 
     def best(self) -> dict[str, torch.Tensor] | None:
         """Weights of the best evaluation, by name, or None when nothing was selected."""
-        path = self.folder / "best.safetensors"
+        path = self.folder / BEST
         return load_tensors(path) if path.exists() else None
+
+    def export(self, folder: Path) -> None:
+        """Copy the newest checkpoint and the best weights into ``folder``, for another loop to :meth:`adopt`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        newest = self._folders()[0]
+        _read(newest)
+        for path in (newest / TENSORS, newest / COUNTERS, self.folder / BEST):
+            if path.exists():
+                shutil.copyfile(path, folder / path.name)
+
+    def adopt(self, folder: Path) -> None:
+        """Begin with a state that another loop exported, unless there is a checkpoint to go on from.
+
+        Raises:
+            CheckpointError: the exported state is damaged.
+        """
+        if self.latest() is not None:
+            return
+        step = _read(folder).step
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (folder / BEST).exists():
+            shutil.copyfile(folder / BEST, self.folder / BEST)
+        final, aside = self.folder / f"step-{step:08d}", self.folder / f".adopting-{os.getpid()}"
+        for old in (final, aside):
+            shutil.rmtree(old, ignore_errors=True)
+        aside.mkdir()
+        for name in (TENSORS, COUNTERS):
+            shutil.copyfile(folder / name, aside / name)
+        os.replace(aside, final)
 
     def clear(self) -> None:
         """Forget everything (the settings changed, or the artifact is committed)."""

@@ -15,6 +15,7 @@ import resource
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ from workers.modelfile import (
 from workers.protocols import domain_rows
 from workers.schedules import constant, cosine_warmup, exponential_per_epoch
 from workers.second_order import prepare
+from workers.segments import STATE
 from workers.transforms import Transform, transform_for
 
 if TYPE_CHECKING:
@@ -241,12 +243,23 @@ def _fit(
     batches = Prefetcher(lambda step: episodes.of_step(step, rank, world_size, pad), spec.steps, depth)
     stack.callback(batches.close)
     checkpoints = CheckpointDir(Path(job.scratch) / "checkpoints", log=reporter.log)
-    return fit(engine, batches, spec, reporter, checkpoints, evaluate=validation)  # type: ignore[arg-type]
+    if job.start is not None:
+        if rank == 0:
+            checkpoints.adopt(Path(job.start))
+        engine.barrier()
+    spec = replace(spec, pause=job.until)
+    result = fit(engine, batches, spec, reporter, checkpoints, evaluate=validation)  # type: ignore[arg-type]
+    if result.left and rank == 0:
+        checkpoints.export(Path(job.output) / STATE)
+    return result
 
 
 def write_result(job: DistillJob, module: EpisodeModule, result: FitResult) -> None:
-    """Write student, aggregator and ``distill.json`` (scores; no times, ranks or paths) into the output folder."""
-    best = job.settings.select == "best"
+    """Write student, aggregator and ``distill.json`` (scores; no times, ranks or paths) into the output folder.
+
+    Of a job that is to go on it is the last state.
+    """
+    best = job.settings.select == "best" and not result.left
     state = result.selected if best else result.last
     step = result.best_step if best and result.best_step is not None else result.steps - 1
     output = Path(job.output)
@@ -257,9 +270,11 @@ def write_result(job: DistillJob, module: EpisodeModule, result: FitResult) -> N
     record: dict[str, Any] = {
         "step": step,
         "steps": result.steps,
-        "scores": scores[-1] if scores else {},
+        "scores": result.paused or (scores[-1] if scores else {}),
         "evaluations": [{"step": e.step, "selected": e.selected, **e.scores} for e in result.evaluations],
     }
+    if result.left:
+        record["left"] = result.left
     if module.rates is not None:
         module.rates.rate.data.copy_(state["rates.rate"])
         record["rates"] = module.rates.values()
@@ -291,4 +306,5 @@ def distilled_meta(job: DistillJob) -> dict[str, Any]:
         "step": record["step"],
         "steps": record["steps"],
         "scores": record["scores"],
+        **({"segment": {"updates": record["steps"], "left": record["left"]}} if "left" in record else {}),
     }

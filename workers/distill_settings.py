@@ -119,3 +119,5 @@ class DistillJob(BaseModel):
     threads: int = Field(default=1, ge=1, description="compute threads of each rank")
     scratch: str = Field(description="folder that survives crashes; every rank can read it")
     output: str = Field(description="folder of the result; rank 0 writes")
+    until: int | None = Field(default=None, description="train a segment only: updates after which it ends")
+    start: str | None = Field(default=None, description="folder with the state that a segment goes on from")

@@ -49,6 +49,7 @@ class LoopSpec:
             Parity: 0 in the official code, where nothing is selected while the score is 0.
         patience: stop after so many evaluations without a strict improvement; None never stops early.
         evaluation_mode: train with frozen BatchNorm statistics and without dropout (meta-training).
+        pause: stop after so many updates with a checkpoint, as if the run had been cut off there; None never does.
     """
 
     steps: int
@@ -63,6 +64,7 @@ class LoopSpec:
     best_from: float = float("-inf")
     patience: int | None = None
     evaluation_mode: bool = False
+    pause: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.checkpoint_every < 1:
@@ -95,6 +97,8 @@ class FitResult:
         best_score: its score.
         best: its weights and buffers by name (whole model); None when nothing was selected.
         last: weights and buffers after the last update (the averaged ones when averaging is on).
+        left: updates that a pause left undone; 0 when training has come to its end.
+        paused: scores of the state at the pause, whether or not an evaluation was due (then nobody else sees them).
     """
 
     steps: int
@@ -103,6 +107,8 @@ class FitResult:
     best_score: float | None
     best: dict[str, torch.Tensor] | None
     last: dict[str, torch.Tensor]
+    left: int = 0
+    paused: dict[str, float] = field(default_factory=dict)
 
     @property
     def selected(self) -> dict[str, torch.Tensor]:
@@ -164,7 +170,8 @@ def fit(
     loop.resume()
     if restored is not None:
         restored(loop.evaluations)
-    while loop.step < spec.steps and not loop.exhausted:
+    end = spec.steps if spec.pause is None else min(spec.pause, spec.steps)
+    while loop.step < end and not loop.exhausted:
         loop.update(batches, loss_fn)
     return loop.result()
 
@@ -229,7 +236,7 @@ class _Loop:
         due = spec.evaluate_after is not None and spec.evaluate_after(step)
         if self.evaluate is not None and (due or (last and spec.evaluate_last)):
             self._score(step)
-        if self.step % spec.checkpoint_every == 0 or last or self.exhausted:
+        if self.step % spec.checkpoint_every == 0 or last or self.exhausted or self.step == spec.pause:
             self.save()
 
     def _forgets(self, step: int) -> bool:
@@ -266,8 +273,7 @@ class _Loop:
             if loss is None:
                 raise SpecError(f"The algorithm's weight average needs the score {OBSERVED!r} of every evaluation.")
             self.settled = self.average.observe(float(loss))
-        with _Swapped(engine.module, self._averaged()):
-            scores = {name: float(value) for name, value in evaluate(engine.plain().eval(), step).items()}
+        scores = self._scores(evaluate, step)
         metric = self.spec.metric or list(scores)[-1]
         if metric not in scores:
             raise SpecError(f"The selection metric {metric!r} is not among the scores: {', '.join(scores)}.")
@@ -285,6 +291,11 @@ class _Loop:
         if engine.rank == 0:
             shown = {f"val/{name}": value for name, value in scores.items()}
             self.reporter.progress(self.step, self.spec.steps, **shown)
+
+    def _scores(self, evaluate: Evaluate, step: int) -> dict[str, float]:
+        """Scores of the current state, of the averaged weights when averaging is on. Collective."""
+        with _Swapped(self.engine.module, self._averaged()):
+            return {name: float(value) for name, value in evaluate(self.engine.plain().eval(), step).items()}
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Whole-model weights and buffers, the averaged weights when averaging is on. Collective."""
@@ -340,7 +351,14 @@ class _Loop:
 
     def result(self) -> FitResult:
         best = None if self.best_step is None else self.checkpoints.best()
-        return FitResult(self.step, self.evaluations, self.best_step, self.best_score, best, self.weights())
+        left = 0 if self.exhausted else self.spec.steps - self.step
+        paused: dict[str, float] = {}
+        if left and self.evaluate is not None:
+            due = self.evaluations and self.evaluations[-1].step == self.step - 1
+            self.engine.module.eval()
+            paused = self.evaluations[-1].scores if due else self._scores(self.evaluate, self.step - 1)
+        weights = self.weights()
+        return FitResult(self.step, self.evaluations, self.best_step, self.best_score, best, weights, left, paused)
 
 
 class _Swapped:

@@ -1,7 +1,8 @@
-"""Networks of methods whose artifacts have a record of their own, as students that can be served and adapted.
+"""Networks of methods that no backbone describes (ConvNeXts of MoE Jetpack, circuits), as students to be served.
 
 A student is a feature extractor and a linear head made of the network's own modules, so it computes exactly what the
-network computes. Which forms there are stands in :data:`FORMS`; ``workers.modelfile`` reads all others.
+network computes. Which forms there are stands in :data:`FORMS`. All others say in their record which backbone they are,
+and ``workers.modelfile`` builds them from that.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ def _served_jet_network(folder: Path, meta: Mapping[str, Any]) -> nn.Module:
     return jet_network(folder, meta, noise=False)
 
 
-def _m2mkd_network(folder: Path, meta: Mapping[str, Any]) -> nn.Module:
-    """A ViT, V-MoE or circuit (without noise) of m2mKD's stages."""
+def _circuit(folder: Path, meta: Mapping[str, Any]) -> nn.Module:
+    """A circuit of m2mKD's stages, without noise."""
     from workers.context import Input
     from workers.m2mkd_files import read_network
 
@@ -93,10 +94,7 @@ def _m2mkd_network(folder: Path, meta: Mapping[str, Any]) -> nn.Module:
 
 
 FORMS: Mapping[str, tuple[Callable[[Path, Mapping[str, Any]], nn.Module], str]] = {
-    "jetvit": (_served_jet_network, "head"),
     "jetconvnext": (_served_jet_network, "head.fc"),
-    "vit": (_m2mkd_network, "head"),
-    "vmoe": (_m2mkd_network, "head"),
-    "circuit": (_m2mkd_network, "output_tokenizer.to_logits"),
+    "circuit": (_circuit, "output_tokenizer.to_logits"),
 }
 """Form -> how its network is read, and the name of its linear head."""

@@ -168,4 +168,9 @@ def load_aggregator(folder: Path, meta: Mapping[str, Any]) -> Aggregator:
 def _backbone(meta: Mapping[str, Any]) -> BackboneSpec:
     from moe.specs import BackboneSpec
 
+    if "backbone" not in meta:
+        raise CheckpointError(
+            f"The record of this {meta.get('form')!r} says no backbone: it is a part of a network, or an older one.",
+            "Wire or serve the whole network; submit again if an earlier version made it.",
+        )
     return BackboneSpec(**{**meta["backbone"], "pretrained": False})

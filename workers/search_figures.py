@@ -6,13 +6,13 @@ Importance is fANOVA's (Hutter et al. 2014), by Optuna. The same study gives the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from workers.figures import AFTER, BEFORE, PALETTE, new_figure, png, styled
-from workers.search_report import Study, best_row, cell, front
+from workers.search_report import Study, best_row, cell, front, named
 from workers.search_space import Dimension, identity
 
 _WIDEST = 14
@@ -20,13 +20,15 @@ _WIDEST = 14
 
 def figures(study: Study, shares: Mapping[str, float] | None) -> dict[str, bytes]:
     """Name -> PNG of everything that can be drawn."""
-    drawn: dict[str, bytes] = {}
+    from workers.search_lineage import figures as of_segments
+
+    drawn: dict[str, bytes] = of_segments(study) if study.segmented else {}
     if study.done:
-        drawn["history"] = history(study)
+        drawn.setdefault("history", history(study))
         if study.space.dimensions:
             drawn["parallel"] = parallel_coordinates(study)
     if shares:
-        drawn["importance"] = importance_bars(shares, len(study.done))
+        drawn["importance"] = importance_bars(shares, len(study.done), study.segmented)
     if len(study.metrics) > 1 and study.done:
         drawn["front"] = pareto(study)
     return drawn
@@ -82,7 +84,7 @@ def parallel_coordinates(study: Study) -> bytes:
     from matplotlib.colors import Normalize
 
     names = study.space.order()[:_WIDEST]
-    done = study.done
+    done = study.ends
     figure, axes = new_figure(1.9 + 1.45 * (len(names) + 1), 4.4)
     values = np.array([(row.objective or [math.nan])[0] for row in done])
     low, high = float(values.min()), float(values.max())
@@ -108,7 +110,7 @@ def parallel_coordinates(study: Study) -> bytes:
         _scale(axes, place, study.space.dimensions[name])
     for share, value in ((0.0, low), (1.0, high)):
         axes.text(len(names) + 0.06, share, f"{value:.4g}", va="center", fontsize=8)
-    axes.set_xticks(range(len(names) + 1), [*(_label(name, names) for name in names), study.metrics[0]], rotation=20)
+    axes.set_xticks(range(len(names) + 1), [*(named(name, names) for name in names), study.metrics[0]], rotation=20)
     axes.set_ylim(-0.14, 1.06)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
@@ -119,7 +121,8 @@ def parallel_coordinates(study: Study) -> bytes:
         ScalarMappable(Normalize(low, high), colours if good else colours.reversed()), ax=axes, fraction=0.04, pad=0.05
     )
     bar.set_label(study.metrics[0])
-    axes.set_title("Parallel coordinates; the best trial in red")
+    what = "last settings of every member" if study.segmented else "the best trial"
+    axes.set_title(f"Parallel coordinates; {what}{', the best' if study.segmented else ''} in red")
     return png(figure)
 
 
@@ -147,13 +150,8 @@ def _scale(axes: Any, place: int, dimension: Dimension) -> None:
         axes.text(place + 0.04, -0.1, "not there", va="center", fontsize=7.5, color="#777777")
 
 
-def _label(name: str, names: Sequence[str]) -> str:
-    short = name.rpartition(".")[2]
-    return short if [other.rpartition(".")[2] for other in names].count(short) == 1 else name
-
-
 @styled
-def importance_bars(shares: Mapping[str, float], count: int) -> bytes:
+def importance_bars(shares: Mapping[str, float], count: int, segmented: bool = False) -> bytes:
     """Bars of :func:`importance`, the largest on top."""
     names = sorted(shares, key=lambda name: shares[name])
     figure, axes = new_figure(6.4, 1.3 + 0.36 * len(names))
@@ -162,7 +160,8 @@ def importance_bars(shares: Mapping[str, float], count: int) -> bytes:
     axes.set_xlim(0, 1.12)
     for place, name in enumerate(names):
         axes.text(shares[name] + 0.012, place, f"{shares[name]:.2f}", va="center", fontsize=8.5)
-    axes.set_xlabel("share of the variance explained (fANOVA)")
+    what = "variance of the gain in a segment" if segmented else "variance"
+    axes.set_xlabel(f"share of the {what} explained (fANOVA)")
     axes.grid(axis="y", visible=False)
     axes.set_title(f"Importance, from {count} trials")
     return png(figure)

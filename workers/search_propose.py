@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 from moe.errors import EnvironmentProblem
 from workers.search_space import SEED, Dimension, Space, Values, identity, point_id
 
-Algorithm = Literal["grid", "random", "tpe", "restarts"]
+Algorithm = Literal["grid", "random", "tpe", "restarts", "population", "schedule"]
 Mode = Literal["max", "min"]
 Answer = Values | Literal["wait", "done"]
 _TRIES = 100

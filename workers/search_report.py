@@ -40,6 +40,8 @@ class Row:
         artifacts: digests of the runs.
         curve: ``[update, score]`` as far as it was watched.
         steps: updates of a trial that was stopped.
+        segment: of a population: ``generation``, ``member``, ``parent`` (a trial), ``copied`` (from another member),
+            ``until`` (updates at its end), ``left`` (updates to its member's end; None if it failed).
     """
 
     number: int
@@ -52,6 +54,12 @@ class Row:
     artifacts: list[str] = field(default_factory=list)
     curve: list[list[float]] = field(default_factory=list)
     steps: int | None = None
+    segment: Mapping[str, Any] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether training came to its end in this trial, so that it may be given out."""
+        return self.segment is None or self.segment["left"] == 0
 
 
 @dataclass(frozen=True)
@@ -73,10 +81,21 @@ class Study:
         """Trials that have an objective."""
         return [row for row in self.rows if row.state == "done" and row.objective]
 
+    @property
+    def segmented(self) -> bool:
+        """Whether trials are parts of longer runs."""
+        return any(row.segment is not None for row in self.rows)
+
+    @property
+    def ends(self) -> list[Row]:
+        """Trials in which training came to its end."""
+        return [row for row in self.done if row.whole]
+
 
 def front(rows: Sequence[Row], modes: Sequence[Mode]) -> list[Row]:
-    """Trials that no other one beats in every metric, by number."""
+    """Trials that no other one beats in every metric, by number. Unfinished ones count while there are no others."""
     done = [row for row in rows if row.state == "done" and row.objective]
+    done = [row for row in done if row.whole] or done
     signs = np.array([1.0 if mode == "max" else -1.0 for mode in modes])
     points = [np.array(row.objective) * signs for row in done]
     kept = []
@@ -92,18 +111,23 @@ def best_row(rows: Sequence[Row], modes: Sequence[Mode]) -> Row | None:
     return max(front(rows, modes), key=lambda row: (signs * (row.objective or [0.0])[0], -row.number), default=None)
 
 
-def write_study(study: Study, config: Mapping[str, Any], folder: Path, draw: bool = True) -> None:
+def write_study(study: Study, kind: str, config: Mapping[str, Any], folder: Path, draw: bool = True) -> None:
     """Write everything into ``folder``.
 
     Args:
         study: the search.
-        config: of the best trial, whole.
+        kind: of the stage that gives the best trial.
+        config: its config, whole.
         folder: made here.
         draw: the figures as well.
     """
     folder.mkdir(parents=True, exist_ok=True)
     best = best_row(study.rows, study.modes)
-    (folder / "best.yaml").write_text(_best_yaml(study, best, config), encoding="utf-8")
+    if study.segmented and best is not None:
+        from workers.search_lineage import schedule_table
+
+        (folder / "schedule.md").write_text(schedule_table(study.rows, best.number), encoding="utf-8")
+    (folder / "best.yaml").write_text(_best_yaml(study, best, kind, config), encoding="utf-8")
     (folder / "best.json").write_text(json.dumps(config, indent=1, sort_keys=True), encoding="utf-8")
     shares = importance(study)
     (folder / "trials.json").write_text(json.dumps(_document(study, best, shares), indent=1), encoding="utf-8")
@@ -115,14 +139,14 @@ def write_study(study: Study, config: Mapping[str, Any], folder: Path, draw: boo
         (folder / f"{name}.png").write_bytes(image)
 
 
-def _best_yaml(study: Study, best: Row | None, config: Mapping[str, Any]) -> str:
+def _best_yaml(study: Study, best: Row | None, kind: str, config: Mapping[str, Any]) -> str:
     """The config block of the best trial, to be copied into a pipeline."""
     from ruamel.yaml import YAML
 
     stream = io.StringIO()
     writer = YAML()
     writer.default_flow_style = False
-    writer.dump(json.loads(json.dumps({"kind": study.stage, "config": config})), stream)
+    writer.dump(json.loads(json.dumps({"kind": kind, "config": config})), stream)
     head = ""
     if best is not None:
         scores = ", ".join(
@@ -144,20 +168,36 @@ def _document(study: Study, best: Row | None, shares: Mapping[str, float] | None
         "best": None if best is None else best.number,
         "front": [row.number for row in front(study.rows, study.modes)] if len(study.metrics) > 1 else None,
         "importance": shares,
-        "trials": [{**asdict(row), "values": dict(row.values)} for row in study.rows],
+        "trials": [_row(row) for row in study.rows],
     }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    kept = {**asdict(row), "values": dict(row.values)}
+    if row.segment is None:
+        del kept["segment"]
+    return kept
 
 
 def _table(study: Study) -> tuple[list[str], list[list[str]]]:
     names = list(study.space.dimensions) or sorted({name for row in study.rows for name in row.values})
-    head = ["trial", "state", *study.metrics, *([] if study.seeds == 1 else ["std"]), *names, "from", "why"]
+    parts = ["member", "until", "parent"] if study.segmented else []
+    spread = [] if study.seeds == 1 else ["std"]
+    head = ["trial", *parts, "state", *study.metrics, *spread, *names, "from", "why"]
     lines = []
     for row in study.rows:
         scores = [f"{value:.6g}" for value in row.objective] if row.objective else [""] * len(study.metrics)
         spread = [] if study.seeds == 1 else [f"{np.std([run[0] for run in row.runs], ddof=1):.3g}" if row.runs else ""]
         points = [cell(row.values[name]) if name in row.values else "" for name in names]
-        lines.append([str(row.number), row.state, *scores, *spread, *points, row.source, row.error])
+        where = ["" if (row.segment or {}).get(part) is None else str((row.segment or {})[part]) for part in parts]
+        lines.append([str(row.number), *where, row.state, *scores, *spread, *points, row.source, row.error])
     return head, lines
+
+
+def named(name: str, names: Sequence[str]) -> str:
+    """The last part of a path, where that is enough."""
+    short = name.rpartition(".")[2]
+    return short if [other.rpartition(".")[2] for other in names].count(short) == 1 else name
 
 
 def cell(value: Any) -> str:
@@ -176,11 +216,14 @@ def trials_csv(study: Study) -> str:
 
 
 def trials_markdown(study: Study) -> str:
-    """The table, best first; failed trials at the end."""
+    """The table, best first; what did not come to its end, and then what failed, below."""
     head, lines = _table(study)
     sign = -1.0 if study.modes[0] == "max" else 1.0
-    objective = {row.number: sign * row.objective[0] if row.objective else math.inf for row in study.rows}
-    lines.sort(key=lambda line: (objective[int(line[0])], int(line[0])))
+    rank = {
+        row.number: (not row.whole, sign * row.objective[0]) if row.objective else (True, math.inf)
+        for row in study.rows
+    }
+    lines.sort(key=lambda line: (rank[int(line[0])], int(line[0])))
     told = {"why": {""}, "from": {"search"}}  # columns that say nothing are left out
     used = [i for i, name in enumerate(head) if name not in told or {line[i] for line in lines} - told[name]]
     rows = [
@@ -194,6 +237,8 @@ def trials_markdown(study: Study) -> str:
 def importance(study: Study) -> dict[str, float] | None:
     """Share of the first objective's variance that each dimension explains (fANOVA); None when it cannot be told.
 
+    Of segments it is the gain since the one before, as far as it differs from the mean gain over the same updates.
+
     Conditional dimensions count only if they are active in every trial (Optuna's rule).
     """
     done = study.done
@@ -204,7 +249,8 @@ def importance(study: Study) -> dict[str, float] | None:
     except ImportError:
         return None
     judged = study_of(study.modes[:1])
-    results = [(dict(row.values), [row.objective[0]]) for row in done if row.objective]
+    gains = _gains(study) if study.segmented else {row.number: row.objective[0] for row in done if row.objective}
+    results = [(dict(row.values), [gains[row.number]]) for row in done]
     judged.add_trials(frozen_trials(study.space, results))
     shared = [
         name
@@ -218,3 +264,14 @@ def importance(study: Study) -> dict[str, float] | None:
         warnings.simplefilter("ignore")
         found = optuna.importance.get_param_importances(judged, evaluator=evaluator, params=shared)
     return {name: round(float(value), 6) for name, value in found.items()}
+
+
+def _gains(study: Study) -> dict[int, float]:
+    """What a segment added to the score that it went on from, minus what segments of its generation added."""
+    scores = {row.number: row.objective[0] for row in study.done if row.objective}
+    gains: dict[int, dict[int, float]] = {}
+    for row in study.done:
+        segment = row.segment or {}
+        gain = scores[row.number] - scores.get(segment.get("parent", -1), 0.0)
+        gains.setdefault(segment.get("generation", 0), {})[row.number] = gain
+    return {number: gain - float(np.mean([*own.values()])) for own in gains.values() for number, gain in own.items()}

@@ -24,8 +24,9 @@ Values = dict[str, Any]
 _FORMS = ("choice", "uniform", "loguniform", "integer", "logint")
 _DIGITS = 6
 
-# A point may also say with which of its seeds the config is run; this is no path of the config.
-SEED = "~seed"
+# A point may also say with which of its seeds the config is run. Names like this one are no paths of the config.
+OWN = "~"
+SEED = f"{OWN}seed"
 
 
 class Dimension(BaseModel):
@@ -346,7 +347,7 @@ def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
     """
     new = copy.deepcopy(dict(config))
     for path, value in values.items():
-        if path == SEED:
+        if path.startswith(OWN):
             continue
         parts = path.split(".")
         here: Any = new

@@ -19,6 +19,7 @@ from workers.datasets.base import DomainData
 from workers.loop import mix
 from workers.modelfile import Form, load_classifier, model_meta
 from workers.networks import backbone_of, build_network, require_same
+from workers.segments import Segment
 from workers.settings import AlgorithmBlock, TrainSettings
 from workers.train_model import train_model
 
@@ -50,6 +51,7 @@ def train_member(
     domains: list[int] | None,
     init: Input | None,
     algorithm: AlgorithmBlock | None = None,
+    segment: Segment | None = None,
 ) -> dict[str, Any]:
     """Train one network and write it into ``context.output``: a classifier, or with ``algorithm`` a student.
 
@@ -63,6 +65,7 @@ def train_member(
         domains: keep only rows of these domains; None keeps all.
         init: start from this model.
         algorithm: what makes network, loss and updates; None is plain ERM.
+        segment: train a part only.
 
     Returns:
         The artifact's ``meta``.
@@ -96,11 +99,13 @@ def train_member(
         seed=context.seed,
         threads=context.threads,
         algorithm=method,
+        segment=segment,
     )
     context.metrics({f"val/{name}": value for name, value in result.scores.items()}, step=result.step)
     form: Form = "classifier" if method is None else "student"
     built = spec if method is None else method.architecture()  # type: ignore[attr-defined]
     block = None if method is None else method.config.moe
+    more = {"segment": {"updates": result.fit.steps, "left": result.fit.left}} if result.fit.left else {}
     return {
         **model_meta(form, built, data.info.num_outputs, feature_dim(built), data.info.name, block),
         "image_size": settings.image_size,
@@ -109,6 +114,7 @@ def train_member(
         "steps": result.fit.steps,
         "selected_step": result.step,
         "scores": {name: round(float(value), 6) for name, value in result.scores.items()},
+        **more,
     }
 
 

@@ -7,7 +7,7 @@ training mode, selection on the whole out-of-domain validation split.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from workers.modelfile import MODEL_FILE, save_tensors
 from workers.networks import groups_of
 from workers.sampling import EpochSampler, group_index
 from workers.schedules import constant, cosine_warmup, exponential_per_epoch, one_cycle
+from workers.segments import STATE, Segment
 from workers.settings import TrainSettings
 from workers.transforms import Transform, transform_for
 
@@ -65,6 +66,7 @@ def train_model(
     threads: int = 1,
     transforms: tuple[Transform, Transform] | None = None,
     algorithm: Algorithm[Any] | None = None,
+    segment: Segment | None = None,
 ) -> TrainResult:
     """Train ``init`` on ``rows`` and write the selected state to ``output/model.safetensors``.
 
@@ -81,6 +83,7 @@ def train_model(
         threads: compute threads.
         transforms: (training, evaluation); by default the data set's official ones at ``settings.image_size``.
         algorithm: makes losses, updates and averages, and gets its batches domain by domain; plain ERM without.
+        segment: train a part only; if more is to come, the last state is written, with ``state/`` beside it.
 
     Raises:
         RunFailed: the loss is not finite.
@@ -110,13 +113,19 @@ def train_model(
     groups = _groups(init, settings) if algorithm is None else groups_of(algorithm, init)
     engine = TorchEngine(init, groups, optimizer_options(settings), device)
     prefetch = Prefetcher(batches, steps, depth=2 if settings.loader_threads else 0)
+    loop = loop_spec(settings, steps, sampler.steps_per_epoch, seed, data.info.selection_metric)
+    checkpoints = CheckpointDir(scratch / "checkpoints", log=reporter.log)
+    if segment is not None:
+        loop = replace(loop, pause=segment.until)
+        if segment.start is not None:
+            checkpoints.adopt(segment.start)
     try:
         result = fit(
             engine,
             lambda step: _placed(prefetch(step), device, weighted=algorithm is None),
-            loop_spec(settings, steps, sampler.steps_per_epoch, seed, data.info.selection_metric),
+            loop,
             reporter,
-            CheckpointDir(scratch / "checkpoints", log=reporter.log),
+            checkpoints,
             evaluate=lambda module, step: evaluate_rows(
                 module, data, val_rows, eval_reader, settings.eval_batch_size, device
             ),
@@ -127,6 +136,8 @@ def train_model(
         prefetch.close()
         reader.close()
         eval_reader.close()
+    if result.left and output is not None:
+        checkpoints.export(output / STATE)
     return finish(result, settings, init, None if output is None else output / MODEL_FILE)
 
 
@@ -251,14 +262,18 @@ def _placed(pieces: list[tuple[torch.Tensor, torch.Tensor]], device: torch.devic
 
 
 def finish(result: FitResult, settings: TrainSettings, module: nn.Module, path: Path | None) -> TrainResult:
-    """Put the chosen state into ``module`` (left in evaluation mode), write it to ``path``, say where it came from."""
-    chosen = result.selected if settings.select == "best" else result.last
+    """Put the chosen state into ``module`` (left in evaluation mode), write it to ``path``, say where it came from.
+
+    Of a run that is to go on it is the last state.
+    """
+    select = "last" if result.left else settings.select
+    chosen = result.selected if select == "best" else result.last
     step = result.steps - 1
-    if settings.select == "best" and result.best_step is not None:
+    if select == "best" and result.best_step is not None:
         step = result.best_step
     at_step = [e.scores for e in result.evaluations if e.step == step]
     module.load_state_dict(chosen)
     module.eval()
     if path is not None:
         save_tensors(path, chosen)
-    return TrainResult(result, at_step[-1] if at_step else {}, step)
+    return TrainResult(result, result.paused or (at_step[-1] if at_step else {}), step)

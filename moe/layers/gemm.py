@@ -47,7 +47,7 @@ def uses_onednn(tensor: Tensor) -> bool:
 def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     """``a @ b`` without a graph; any strides, any number of rows including none."""
     if uses_onednn(a_MK) and a_MK.numel() and b_KN.numel():
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(a_MK), _dense(b_KN).t(), None, "none", [], "")
         return out
     return torch.mm(a_MK, b_KN)
 
@@ -56,10 +56,15 @@ def affine(x_MK: Tensor, w_NK: Tensor, b_N: Tensor | None, activation: Activatio
     """``activation(x @ w^T + b)`` without a graph, in one pass where the library can."""
     if uses_onednn(x_MK) and x_MK.numel() and w_NK.numel():
         name, algorithm = _FUSED[activation] if activation else ("none", "")
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, w_NK, b_N, name, [], algorithm)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(x_MK), _dense(w_NK), b_N, name, [], algorithm)
         return out
     h_MN = torch.mm(x_MK, w_NK.t()) if b_N is None else torch.addmm(b_N, x_MK, w_NK.t())
     return activate(h_MN, activation) if activation else h_MN
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A matrix without gaps, by rows or by columns; oneDNN takes any other to its reference code, 400 times slower."""
+    return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
 
 
 class _Matmul(torch.autograd.Function):

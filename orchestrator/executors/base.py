@@ -13,7 +13,7 @@ from orchestrator.spec import Resources
 from orchestrator.store import Key
 
 Cause = Literal["user", "out_of_memory", "preemption", "infrastructure", "interrupted", "timeout", "upstream"]
-SignalKind = Literal["started", "progress", "metrics", "log", "finished", "failed"]
+SignalKind = Literal["started", "progress", "metrics", "log", "finished", "failed", "beat"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Signal:
     Attributes:
         node: which.
         kind: ``started`` | ``progress`` | ``metrics`` | ``log`` | ``finished`` (data: digest, seconds, reused) |
-            ``failed`` (cause, error).
+            ``failed`` (cause, error) | ``beat`` (a sign of life, for the executor alone).
         data: plain JSON.
         cause: of a failure.
         error: of a failure.

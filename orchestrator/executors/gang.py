@@ -28,6 +28,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayEr
 from moe.errors import Interrupted, MoepipeError
 from orchestrator.context import TrainFunction, WorkerLostError, stop_flag
 from orchestrator.executors.base import Cause, Task
+from orchestrator.executors.ray_life import Beats
 from orchestrator.executors.ray_log import SinkEmit, add_paths, captured, import_ahead
 from orchestrator.reporting import TaskReporter
 from orchestrator.spec import Resources
@@ -203,7 +204,7 @@ def _run_member(member: Mapping[str, Any], sink: Any, rank: int) -> None:
         store = Store.open(task.store, None if "://" not in task.store else Path(task.cache).parent)
         flag = stop_flag(store, task.key.digest)
         config["reporter"] = TaskReporter(task.node, SinkEmit(sink), flag, Path(task.log))
-    with captured(Path(task.log)):
+    with captured(Path(task.log)), Beats(task, SinkEmit(sink), f"rank {rank}"):
         target(config)
         if "reporter" in config:
             config["reporter"].flush()

@@ -81,6 +81,12 @@ class Pool:
             self._idle.remove(runner)
             self._end(runner)
 
+    def end_where(self, condition: Callable[[Runner], bool]) -> None:
+        """End the idle actors for which ``condition`` holds."""
+        for runner in [runner for runner in self._idle if condition(runner)]:
+            self._idle.remove(runner)
+            self._end(runner)
+
     def end_idle_gangs(self, seconds: float) -> None:
         """End gangs that have waited so long for their next member: their processes take memory, maybe devices."""
         for runner in [runner for runner in self._idle if runner.gang]:

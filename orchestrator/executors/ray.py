@@ -28,6 +28,8 @@ from orchestrator.cluster_growth import may_come
 from orchestrator.executors.base import Deliver, Signal, Task
 from orchestrator.executors.pool import Pool, Runner
 from orchestrator.executors.ray_env import prepare_environment, remove_dead_sessions
+from orchestrator.executors.ray_life import LOOK_S, Lives, draining_nodes
+from orchestrator.executors.ray_life import VARIABLE as STALL_VARIABLE
 from orchestrator.spec import Resources
 
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -41,7 +43,7 @@ _HIDDEN = ("node:", "object_store_memory", "accelerator_type:")
 
 @dataclass
 class _Job:
-    """A task that is running. ``demand``: what it takes in all."""
+    """A task that is running. ``demand``: what it takes in all; ``leaving``: its node is told to go."""
 
     task: Task
     runner: Runner
@@ -49,6 +51,7 @@ class _Job:
     demand: Amounts
     since: float
     seen: bool = False
+    leaving: bool = False
 
 
 class RayExecutor:
@@ -81,6 +84,10 @@ class RayExecutor:
         self._sink: Any = None
         self._pool = Pool(self._end_actor)
         self._jobs: dict[str, _Job] = {}
+        self._lives = Lives()
+        self._hosts: dict[Any, set[str]] = {}  # actor -> nodes of it and of its ranks
+        self._leaving: set[str] = set()
+        self._looked = self._deaf = time.monotonic()
 
     # ---- the connection --------------------------------------------------------------------------------------------
 
@@ -97,7 +104,7 @@ class RayExecutor:
         machines = []
         nodes = ray.nodes()
         for node in nodes:
-            if node["Alive"]:
+            if node["Alive"] and node["NodeID"] not in self._leaving:
                 machines.append(_amounts(node["Resources"]))
         if self._address is not None:
             # What is asked for there waits in Ray's queue, and that is what the autoscaler looks at.
@@ -177,6 +184,7 @@ class RayExecutor:
 
         jobs, self._jobs, self._sink = list(self._jobs.values()), {}, None
         self._pool.clear(end=False)
+        self._lives, self._hosts = Lives(), {}
         self._processes, self._started = [], False
         ray.shutdown()
         if self._restarts == 0:
@@ -251,6 +259,7 @@ class RayExecutor:
     def _end_actor(self, runner: Runner) -> None:
         import ray
 
+        self._hosts.pop(runner.actor, None)
         with suppress(ray.exceptions.RayError):
             ray.kill(runner.actor)
         if runner.gang:
@@ -279,6 +288,7 @@ class RayExecutor:
             self._recover(deliver)
             return
         if not self._jobs:
+            self._deaf = time.monotonic()
             time.sleep(timeout)
             return
         import ray
@@ -291,11 +301,13 @@ class RayExecutor:
             self._recover(deliver)
             return
         self._drain(deliver)
+        self._watch_drains()
         for ref in ready:
             job = refs[ref]
             del self._jobs[job.task.node]
             deliver(self._collect(job))
         self._watch_pending(deliver)
+        self._watch_silent(deliver)
         self._pool.end_idle_gangs(IDLE_GANG_S)
 
     def _drain(self, deliver: Deliver) -> None:
@@ -304,23 +316,69 @@ class RayExecutor:
         try:
             signals = ray.get(self._sink.drain.remote(), timeout=10)
         except ray.exceptions.RayError:
+            self._replace_sink()
             return  # the sink is being restarted; only words are lost
+        self._deaf = time.monotonic()
         for signal in signals:
             job = self._jobs.get(signal.node)
             if job is not None:
                 job.seen = True
-            deliver(signal)
+            if signal.kind != "beat":
+                deliver(signal)
+            elif job is not None and signal.data["attempt"] == job.task.attempt:
+                self._lives.take(signal)
+                self._hosts.setdefault(job.runner.actor, set()).add(signal.data["host"])
+        self._lives.listen()
+
+    def _replace_sink(self) -> None:
+        """A sink that stands still is killed; Ray starts another one."""
+        import ray
+
+        if self._lives.stall_s and time.monotonic() - self._deaf > self._lives.stall_s:
+            self._deaf = time.monotonic()
+            with suppress(ray.exceptions.RayError):
+                ray.kill(self._sink, no_restart=False)
+
+    def _watch_silent(self, deliver: Deliver) -> None:
+        """Members with a process that stands still are lost like those whose process died."""
+        for node, words in self._lives.silent().items():
+            job = self._jobs.pop(node, None)
+            self._lives.forget(node)
+            if job is not None:
+                self._end_actor(job.runner)
+                error = RunFailed(
+                    f"{node}: {words} and counts as lost.",
+                    f"{STALL_VARIABLE} says how long a silence may be (0: for ever); its log is {job.task.log}.",
+                )
+                deliver(Signal(node, "failed", {}, "infrastructure", error))
+
+    def _watch_drains(self) -> None:
+        """Members on nodes that were told to go are asked to stop at their next checkpoint; idle actors there end."""
+        now = time.monotonic()
+        if self._address is None or now - self._looked < LOOK_S:
+            return
+        self._looked = now
+        self._leaving = draining_nodes()
+        if not self._leaving:
+            return
+        for node, job in self._jobs.items():
+            if not job.leaving and self._lives.hosts(node) & self._leaving:
+                job.leaving = True
+                self.cancel(node)
+        self._pool.end_where(lambda runner: bool(self._hosts.get(runner.actor, set()) & self._leaving))
 
     def _collect(self, job: _Job) -> Signal:
         """The result of a task whose reference is ready."""
         import ray
+
+        self._lives.forget(job.task.node)
 
         from orchestrator.executors.gang import ray_cause
 
         try:
             signal: Signal = ray.get(job.ref)
         except ray.exceptions.RayError as error:
-            cause = ray_cause(error)
+            cause = "preemption" if job.leaving else ray_cause(error)
             what = {"out_of_memory": "ran out of memory", "preemption": "was preempted"}.get(cause, "died")
             said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             self._end_actor(job.runner)
@@ -335,6 +393,9 @@ class RayExecutor:
             self._pool.give(Runner(job.runner.actor, {}) if job.task.leads else job.runner)
         else:
             self._end_actor(job.runner)  # whatever state the failure left behind goes with it
+            if job.leaving and signal.cause in ("interrupted", "infrastructure"):
+                told = RunFailed(f"{job.task.node}: its node is about to go; it was stopped at a checkpoint or ended.")
+                return Signal(job.task.node, "failed", {}, "preemption", told)
         return signal
 
     def _make_room_for(self, job: _Job) -> None:

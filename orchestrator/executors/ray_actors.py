@@ -11,6 +11,7 @@ import ray
 from orchestrator.context import TrainFunction, run_here, run_member
 from orchestrator.executors.base import Signal, Task
 from orchestrator.executors.gang import Desk, Gang
+from orchestrator.executors.ray_life import Beats
 from orchestrator.executors.ray_log import SinkEmit, add_paths, captured, import_ahead
 from orchestrator.reporting import TaskReporter
 from orchestrator.spec import Resources
@@ -64,7 +65,7 @@ class MemberRunner:
             self._gang.run(function, config, task)
 
         Path(task.log).parent.mkdir(parents=True, exist_ok=True)
-        with captured(Path(task.log)):
+        with captured(Path(task.log)), Beats(task, emit, "its process"):
             result = run_member(task, emit, launch)
         emit.settle()
         return result

@@ -91,7 +91,7 @@ def run_on_tune(search: Search) -> None:
         tune_config=tune.TuneConfig(
             search_alg=_Points(conductor),
             scheduler=make_scheduler(config, conductor.slots),
-            num_samples=search.most + 1,
+            num_samples=search.limit + 1,
             reuse_actors=True,
             trial_name_creator=lambda made: f"trial_{made.config['number']}",
             trial_dirname_creator=lambda made: f"trial_{made.config['number']}_{made.trial_id}",

@@ -82,6 +82,9 @@ class StageBase(Generic[C]):
         modules: what takes the ranks of a gang seconds to import; they may do it ahead.
         leads: ``run`` starts processes that take the member's resources; its own takes none.
         open_ports: ports and output are known when the config is (:meth:`bind`).
+        changeable: paths of the config that may change while training goes on; a stage that names some can train in
+            segments (:mod:`workers.segments`), and so in a population. Fields that shapes, data, their order or the
+            number of updates follow from cannot.
         Config: the pydantic model of the ``config:`` block.
     """
 
@@ -93,6 +96,7 @@ class StageBase(Generic[C]):
     modules: ClassVar[Sequence[str]] = ()
     leads: ClassVar[bool] = False
     open_ports: ClassVar[bool] = False
+    changeable: ClassVar[Sequence[str]] = ()
     Config: ClassVar[type[StageConfig]] = StageConfig
 
     def bind(self, config: C) -> StageBase[Any]:

@@ -1,4 +1,4 @@
-"""``deploy``: the documents that put a finished student behind an address.
+"""``deploy``: the documents that put a finished student, or any other whole network, behind an address.
 
 Nothing is started here. The artifact holds a Ray Serve config that names the model by digest and the app by import
 path, and a manifest that says what will be served, so that what was trained and what is deployed are tied together by
@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from pydantic import Field
 
+from moe.errors import NotFoundError, SpecError, nearest
 from orchestrator.serving import IMPORT_PATH, serve_document, to_yaml
 from orchestrator.stages.base import Member, Port, StageBase, StageConfig
-from workers.context import Context
+from workers.context import Context, Input
 
 CONFIG_FILE = "serve.yaml"
 MANIFEST_FILE = "deployment.json"
+SERVED = ("jetpack_run", "m2mkd_network")
+"""Kinds besides ``model`` and ``student`` that ``moepipe serve`` takes."""
 
 
 class DeployConfig(StageConfig):
@@ -28,6 +32,11 @@ class DeployConfig(StageConfig):
 
     name: str | None = Field(
         default=None, pattern=r"^[A-Za-z0-9_-]{1,64}$", description="name in the addresses; null: the data set's"
+    )
+    member: str | None = Field(
+        default=None,
+        max_length=200,
+        description="which member of a fan-out at `model` is served, e.g. start=SpheroMoE L2; null: there is only one",
     )
     host: str = Field(default="127.0.0.1", description="address of Ray Serve's proxies")
     port: int = Field(default=8000, ge=1, le=65535, description="port of Ray Serve's proxies")
@@ -57,18 +66,26 @@ class Stage(StageBase[DeployConfig]):
     output: ClassVar[str] = "deployment"
     inputs: ClassVar[Mapping[str, Port]] = {
         "student": Port("student", optional=True, doc="a meta-distilled student; its experts are found by its record"),
-        "model": Port("model", optional=True, doc="any other model, instead of a student"),
+        "model": Port("model", optional=True, also=SERVED, doc="any other whole network, instead of a student"),
     }
     Config: ClassVar[type[StageConfig]] = DeployConfig
 
-    def run(self, config: DeployConfig, member: Member, context: Context) -> Mapping[str, Any]:
-        """Write ``serve.yaml`` and ``deployment.json``. Raises SpecError unless exactly one model is wired."""
-        from moe.errors import SpecError
+    def bind(self, config: DeployConfig) -> StageBase[Any]:
+        """With ``member``, the port takes a whole fan-out."""
+        if config.member is None:
+            return self
+        ports = {**self.inputs, "model": replace(self.inputs["model"], many=True)}
+        bound: type[StageBase[Any]] = type("Stage", (type(self),), {"inputs": ports, "__module__": __name__})
+        return bound()
 
-        wired = [*context.inputs.get("student", ()), *context.inputs.get("model", ())]
-        if len(wired) != 1:
-            raise SpecError(f"{len(wired)} models are wired to be deployed.", "Wire either student or model.")
-        served = wired[0]
+    def run(self, config: DeployConfig, member: Member, context: Context) -> Mapping[str, Any]:
+        """Write ``serve.yaml`` and ``deployment.json``.
+
+        Raises:
+            SpecError: not exactly one model is wired, or none of the members is the one that is named.
+            NotFoundError: the model's weights were not kept.
+        """
+        served = _chosen(config, context)
         arguments = {
             "model": served.digest,
             "name": config.name or str(served.meta["dataset"]),
@@ -86,7 +103,7 @@ class Stage(StageBase[DeployConfig]):
             "name": arguments["name"],
             "dataset": served.meta["dataset"],
             "outputs": served.meta["num_outputs"],
-            "backbone": served.meta["backbone"]["name"],
+            "backbone": served.meta["backbone"]["name"] if "backbone" in served.meta else served.meta["form"],
             "adapts_by_distillation": "aggregator" in served.meta,
             "import_path": IMPORT_PATH,
         }
@@ -98,3 +115,22 @@ class Stage(StageBase[DeployConfig]):
             f"serve deploy {CONFIG_FILE}"
         )
         return manifest
+
+
+def _chosen(config: DeployConfig, context: Context) -> Input:
+    """The one model to serve."""
+    models = context.inputs.get("model", ())
+    if config.member is not None:
+        named = [one for one in models if one.member == config.member or one.member.endswith(f"/{config.member}")]
+        if not named:
+            hint = nearest(config.member, [one.member.rpartition("/")[2] for one in models])
+            raise SpecError(f"No member {config.member!r} arrives at `model`.", hint)
+        models = named
+    wired = [*context.inputs.get("student", ()), *models]
+    if len(wired) != 1:
+        raise SpecError(f"{len(wired)} models are wired to be deployed.", "Wire either student or model.")
+    if not any(wired[0].path.glob("*.safetensors")):  # modelfile's name for it; importing that would import torch
+        raise NotFoundError(
+            f"{wired[0].member} keeps no weights.", "Set save_model in the stage that makes it, true or its name."
+        )
+    return wired[0]

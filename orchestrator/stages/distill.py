@@ -34,6 +34,19 @@ class Stage(StageBase[DistillConfig]):
     """Meta-distil the experts into one adaptable student."""
 
     output: ClassVar[str] = "student"
+    changeable: ClassVar[Sequence[str]] = (
+        "training.student_lr",
+        "training.aggregator_lr",
+        "training.rates_lr",
+        "training.weight_decay",
+        "training.clip",
+        "training.schedule",
+        "training.aggregator_schedule",
+        "training.decay",
+        "training.warmup_epochs",
+        "training.meta.inner_lr",
+        "training.moe.balance_weight",
+    )
     gang: ClassVar[bool] = True
     modules: ClassVar[Sequence[str]] = ("workers.distill_job", "deepspeed", "torch._dynamo")
     inputs: ClassVar[Mapping[str, Port]] = {
@@ -49,6 +62,7 @@ class Stage(StageBase[DistillConfig]):
         """Write ``model.safetensors``, ``aggregator.safetensors`` and ``distill.json``."""
         from workers.data import open_data
         from workers.distill_job import DistillJob, StoredModel, distill, distilled_meta
+        from workers.segments import segment_of
 
         def stored(port: str) -> StoredModel:
             artifact = context.inputs[port][0]
@@ -60,6 +74,7 @@ class Stage(StageBase[DistillConfig]):
         settings = config.training
         if settings.image_size is None:
             settings = settings.model_copy(update={"image_size": student.meta.get("image_size")})
+        segment = segment_of(member.params, context.inputs)
         job = DistillJob(
             dataset=data.meta["dataset"],
             options=data.meta["options"],
@@ -74,6 +89,8 @@ class Stage(StageBase[DistillConfig]):
             threads=context.threads,
             scratch=str(context.scratch),
             output=str(context.output),
+            until=None if segment is None else segment.until,
+            start=None if segment is None or segment.start is None else str(segment.start),
         )
         context.train(distill, job.model_dump(mode="json"))
         meta = distilled_meta(job)

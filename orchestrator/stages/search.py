@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from moe.errors import MoepipeError, SpecError
 from orchestrator.stages.base import STAGES, Member, StageBase, StageConfig
 from workers.context import Context
+from workers.search_population import Change, PopulationSettings
 from workers.search_propose import Algorithm, Mode
 from workers.search_space import Dimension, Space, with_values
 
@@ -50,13 +51,23 @@ class SearchConfig(StageConfig):
         "for validation; metrics of test domains are refused"
     )
     algorithm: Algorithm = Field(
-        default="random", description="grid, random, tpe (Optuna), or restarts: the config as written with other seeds"
+        default="random",
+        description="grid, random, tpe (Optuna), population (fields change while training goes on), schedule (one run "
+        "whose fields change at given updates), or restarts: the config as written with other seeds",
     )
+    population: PopulationSettings | None = Field(
+        default=None, description="of algorithm population: how many train, and how often the worst copy the best"
+    )
+    schedule: tuple[Change, ...] = Field(default=(), description="of algorithm schedule: the parts, in order")
     scheduler: Literal["none", "asha", "median"] = Field(
-        default="none", description="stops bad trials early: asha (successive halving) or median"
+        default="none",
+        description="stops bad trials early: asha (successive halving) or median",
     )
     trials: int | None = Field(
-        default=None, ge=1, le=10_000, description="points to try, those found in the store included; null: whole grid"
+        default=None,
+        ge=1,
+        le=10_000,
+        description="points to try, those found in the store included; null: whole grid",
     )
     seeds: int = Field(
         default=1, ge=1, le=100, description="runs of each point with different seeds; the objective is their mean"
@@ -69,7 +80,8 @@ class SearchConfig(StageConfig):
     )
     startup: int = Field(default=8, ge=1, description="random points before tpe uses its model")
     include_written: bool = Field(
-        default=True, description="random and tpe: the first point is the config as written, when the space has it"
+        default=True,
+        description="random, tpe, population: the first point is the config as written, when the space has it",
     )
     reuse: bool = Field(
         default=True, description="random and tpe: finished trials of the same stage that lie in the space count"
@@ -87,6 +99,13 @@ class SearchConfig(StageConfig):
     figures: bool = Field(default=True, description="draw history, parallel coordinates and importance")
     min_trials: int = Field(default=1, ge=1, description="finished trials without which the search fails")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _words(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "pbt" in (values.get("scheduler"), values.get("algorithm")):
+            raise ValueError("population-based training is written `algorithm: population`, with a block `population`")
+        return values
+
     @model_validator(mode="after")
     def _consistent(self) -> SearchConfig:
         if len(self.modes) != len(self.metrics):
@@ -95,7 +114,8 @@ class SearchConfig(StageConfig):
             raise ValueError("name at least one metric, each once")
         if len(self.metrics) > 1 and self.scheduler != "none":
             raise ValueError("schedulers compare trials by one metric; set scheduler: none for several")
-        if self.trials is None and self.algorithm != "grid":
+        self._segments_fit()
+        if self.trials is None and self.algorithm not in ("grid", "population", "schedule"):
             raise ValueError(f"{self.algorithm} needs a number of trials")
         if self.algorithm == "restarts" and self.space:
             raise ValueError("restarts run the config as written: leave out the space")
@@ -104,6 +124,29 @@ class SearchConfig(StageConfig):
         if not isinstance(self.concurrency, str) and self.concurrency < 1:
             raise ValueError("concurrency must be auto or at least 1")
         return self
+
+    @property
+    def lanes(self) -> int:
+        """Runs of which trials are parts, side by side; 0 where each trial is a whole run."""
+        return self.population.size if self.population is not None else min(1, len(self.schedule))
+
+    def _segments_fit(self) -> None:
+        for name, given in (("population", self.population is not None), ("schedule", bool(self.schedule))):
+            if given != (self.algorithm == name):
+                raise ValueError(f"`algorithm: {name}` and the block `{name}` belong together")
+        if not self.lanes:
+            return
+        if self.trials is not None:
+            raise ValueError(f"how many trials a {self.algorithm} makes follows from its block: leave out trials")
+        if len(self.metrics) > 1 or self.seeds > 1:
+            raise ValueError(f"a {self.algorithm} looks at single runs and one metric; name one, with seeds: 1")
+        if self.scheduler != "none":
+            raise ValueError(f"a {self.algorithm} stops nobody early; set scheduler: none")
+        if bool(self.space) != (self.algorithm == "population"):
+            raise ValueError("a population needs a space, the fields that change in training; a schedule has none")
+        ends = [change.until for change in self.schedule[:-1]]
+        if None in ends or ends != sorted(set(ends), key=lambda end: end or 0):
+            raise ValueError("each part of a schedule but the last needs an `until` above the one before")
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -199,12 +242,14 @@ class Stage(StageBase[SearchConfig]):
 
     def slots(self, config: SearchConfig) -> int:
         """Trials that may run at once, resources permitting."""
-        most = config.trials or int(min(config.searched().size(), 10_000.0))
+        most = config.lanes or config.trials or int(min(config.searched().size(), 10_000.0))
         return most if isinstance(config.concurrency, str) else min(most, config.concurrency)
 
     def weigh(self, config: SearchConfig, member: Member, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
         """Trials times the weight of one."""
         one = config.wrapped().weigh(config.some(), member, inputs)
+        if config.lanes:
+            return one * config.lanes
         return one * config.seeds * (config.trials or min(config.searched().size(), 10_000.0))
 
     def run(self, config: SearchConfig, member: Member, context: Context) -> Mapping[str, Any]:

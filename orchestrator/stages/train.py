@@ -53,6 +53,20 @@ class Stage(StageBase[TrainConfig]):
     """Train a classifier on all rows, or one per group of domains."""
 
     output: ClassVar[str] = "model"
+    changeable: ClassVar[Sequence[str]] = (
+        "training.lr",
+        "training.head_lr",
+        "training.weight_decay",
+        "training.clip",
+        "training.schedule",
+        "training.decay",
+        "training.warmup_epochs",
+        "algorithm.options.dropout",
+        "algorithm.options.drop_path",  # emoe
+        "algorithm.options.penalty",  # irm
+        "algorithm.options.gamma",  # coral
+        "algorithm.options.meta_lr",  # fish
+    )
     inputs: ClassVar[Mapping[str, Port]] = {
         "data": Port("data", doc="the prepared data set"),
         "groups": Port("groups", optional=True, doc="who owns which domains; needed when groups is above 1"),
@@ -90,6 +104,7 @@ class Stage(StageBase[TrainConfig]):
     def run(self, config: TrainConfig, member: Member, context: Context) -> Mapping[str, Any]:
         """Train and write ``model.safetensors``; ``meta`` has the scores and, for an expert, its domains."""
         from workers.data import open_data
+        from workers.segments import segment_of
         from workers.supervised import expert_domains, train_member
 
         data = open_data(context.inputs["data"][0], context.data_root)
@@ -105,4 +120,5 @@ class Stage(StageBase[TrainConfig]):
             domains=domains,
             init=init[0] if init else None,
             algorithm=config.algorithm,
+            segment=segment_of(member.params, context.inputs),
         )

@@ -17,7 +17,7 @@ from typing import Literal
 
 import psutil
 
-Kind = Literal["driver", "raylet", "train", "member", "other"]
+Kind = Literal["driver", "raylet", "gcs", "train", "member", "other"]
 KINDS: tuple[Kind, ...] = ("driver", "member", "train", "raylet")
 
 
@@ -61,6 +61,8 @@ def kind_of(command: list[str]) -> Kind:
     title = command[0] if command else ""
     if os.path.basename(title) == "raylet":
         return "raylet"
+    if os.path.basename(title) == "gcs_server":
+        return "gcs"
     if not title.startswith("ray::") or title.startswith("ray::IDLE"):
         return "other"
     if "TrainWorker" in title:

@@ -79,6 +79,8 @@ def test_it_installs_the_wheel_of_this_version_with_the_tested_set(name):
     version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     (install,) = (command for command in read(name)["setup_commands"] if "pip install" in command)
     assert f"moepipe-{version}-" in install and "--constraint ~/moepipe/constraints.txt" in install
+    # pip does nothing about a wheel whose version is installed already: a second `ray up` would keep the old code.
+    assert install.rstrip().endswith('pip install --quiet --no-deps --force-reinstall "$wheel"')
 
 
 @pytest.mark.parametrize("name", CLOUDS)
@@ -161,3 +163,8 @@ def test_the_environment_of_the_hosts(tmp_path):
     assert seen["RAY_AUTH_MODE"] == "token" and seen["RAY_AUTH_TOKEN_PATH"] == f"{tmp_path}/moepipe/ray_token"
     assert seen["MOEPIPE_STORE"].startswith("s3://") and seen["RAY_USAGE_STATS_ENABLED"] == "0"
     assert seen["PATH"].startswith(f"{tmp_path}/moepipe/venv/bin:")
+    misses, wait, every = (
+        float(seen[f"RAY_health_check_{name}"]) for name in ("failure_threshold", "timeout_ms", "period_ms")
+    )
+    assert 10_000 <= misses * (wait + every) <= 30_000  # a lost host is noticed, a busy one is not buried
+    assert 10 <= float(seen["RAY_gcs_rpc_server_reconnect_timeout_s"]) <= 60

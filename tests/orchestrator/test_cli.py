@@ -138,7 +138,8 @@ stages:
     told = call("submit", "p.yaml", *INLINE, code=4)
     assert "Nothing was started. There is no weights file none.pth." in told.stderr
     (run,) = RunStore(Store.open(".moepipe")).list()
-    assert run.status == "failed" and run.artifacts() == {} and not any(e.kind == "member-started" for e in run.events())
+    assert run.status == "failed" and run.artifacts() == {}
+    assert not any(event.kind == "member-started" for event in run.events())
 
 
 def test_failed_run_is_1_and_says_where_to_look(folder):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from moe.errors import SpecError
+from moe.errors import NotFoundError, SpecError
 from orchestrator import serving
 from orchestrator.stages.deploy import DeployConfig, Stage
 from serve.config import checked
@@ -90,6 +90,7 @@ def test_ray_accepts_what_the_operator_and_the_stage_hand_on(folder, tmp_path): 
     call("serve", "some-run", "--rayservice", "r.yaml", "--replicas", 3, "--threads", 2)
     inner = YAML(typ="safe").load(read(folder / "r.yaml")["spec"]["serveConfigV2"])
     meta = {"dataset": "digits5", "num_outputs": 10, "backbone": {"name": "tiny_cnn"}}
+    (tmp_path / "model.safetensors").write_bytes(b"")
     context = SimpleNamespace(inputs={"model": (Input("erm", "ab" * 32, tmp_path, meta),)}, output=tmp_path, log=print)
     Stage().run(DeployConfig(), Stage().members(DeployConfig())[0], context)
     for config in (inner, read(tmp_path / "serve.yaml")):
@@ -161,6 +162,7 @@ def test_refusals_and_bad_arguments_have_their_exit_codes(folder, answering):  #
 def test_the_deploy_stage_ties_a_config_to_a_digest(tmp_path, port):
     meta = {"dataset": "digits5", "num_outputs": 10, "backbone": {"name": "tiny_cnn"}, "aggregator": {}}
     said = []
+    (tmp_path / "model.safetensors").write_bytes(b"")
     context = SimpleNamespace(
         inputs={port: (Input("distill", "ab" * 32, tmp_path, meta),)}, output=tmp_path, log=said.append
     )
@@ -179,6 +181,34 @@ def test_the_deploy_stage_wants_one_model(tmp_path):
     context = SimpleNamespace(inputs={}, output=tmp_path, log=print)
     with pytest.raises(SpecError, match="0 models"):
         Stage().run(DeployConfig(), Stage().members(DeployConfig())[0], context)
+
+
+def test_the_deploy_stage_takes_one_member_of_a_fan_out(tmp_path):
+    meta = {"dataset": "digits5", "num_outputs": 10, "form": "jetconvnext"}
+    members = []
+    for number, name in enumerate(("start=random", "start=SpheroMoE L2", "start=bare")):
+        place = tmp_path / str(number)
+        place.mkdir()
+        if name != "start=bare":
+            (place / "model.safetensors").write_bytes(b"")
+        members.append(Input(f"seed=0/{name}", f"{number}" * 64, place, meta))
+    context = SimpleNamespace(inputs={"model": tuple(members)}, output=tmp_path, log=print)
+
+    def deploy(**config):
+        return Stage().run(DeployConfig(**config), Stage().members(DeployConfig())[0], context)
+
+    assert deploy(member="start=SpheroMoE L2")["model"] == "1" * 64
+    assert deploy(member="seed=0/start=random")["backbone"] == "jetconvnext"
+    with pytest.raises(SpecError, match="3 models"):
+        deploy()
+    with pytest.raises(SpecError, match="No member 'start=SphereMoE L2'") as caught:
+        deploy(member="start=SphereMoE L2")
+    assert "start=SpheroMoE L2" in caught.value.hint
+    with pytest.raises(NotFoundError, match="start=bare keeps no weights"):
+        deploy(member="start=bare")
+    assert not Stage().bind(DeployConfig()).inputs["model"].many
+    assert Stage().bind(DeployConfig(member="start=random")).inputs["model"].many
+    assert Stage().inputs["model"].accepts("jetpack_run") and Stage().inputs["model"].accepts("m2mkd_network")
 
 
 def test_the_command_line_stays_light():

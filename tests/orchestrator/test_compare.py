@@ -18,7 +18,7 @@ from orchestrator.compare_sources import Reader
 from orchestrator.compare_stats import by_domains, by_examples, by_seeds, holm, mean_error
 from orchestrator.runs import RunStore
 from tests.orchestrator.cli_support import call, document, folder  # noqa: F401
-from tests.orchestrator.compare_store import STAGES, Runs
+from tests.orchestrator.compare_store import STAGES, Runs, put
 from tests.support.browser import Browser, find_browser
 
 GOOD = {"erm": (60, 50), "student": (70, 40), "student_distill": (80, 70)}
@@ -127,6 +127,25 @@ def test_costs_come_from_record_and_event_log(runs, store):
     assert found["erm"].hours.hours == pytest.approx(1.0)
     # An hour of ERM on one device, and one of distillation on two.
     assert found["student_distill"].hours.hours == pytest.approx(3.0) and found["student"].steps == [20]
+
+
+def test_runs_of_a_sweep_tell_what_their_network_costs(runs, store):
+    cost = {"parameters": 1000, "active_parameters": 600.0, "flops": 5000.0}
+    artifacts = {}
+    for held_out in (0, 1):
+        args = {"dataset": "toy", "algorithm": "GMOE", "test_envs": [held_out], "hparams_seed": 0, "trial_seed": 0}
+        args |= {"seed": held_out}
+        scores = {f"env{number}_{part}_acc": 0.5 for number in (0, 1) for part in ("in", "out")}
+        line = json.dumps({**scores, "step": 0, "epoch": 0.0, "loss": 1.0, "hparams": {}, "args": args})
+        meta = {"args": args, "labels": ["left", "right"], "protocol": "gmoe_fork", "steps": 5, "cost": cost}
+        files = {"results.jsonl": (line + "\n").encode(), "done": b"done"}
+        artifacts[f"sweep/toy,GMOE,test={held_out},hparams=0,trial=0"] = put(store, "run", meta, files)
+    sweep = {"kind": "sweep", "config": {"datasets": ["toy"], "algorithms": ["GMOE"]}}
+    runs.run(stages={"data": STAGES["data"], "sweep": sweep}, seeds=(), artifacts=artifacts)
+    found = compared(store, selection="iid")
+    (row,) = [row for row in found.rows if row.method == "GMOE"]
+    assert row.domain("left").mean == 0.5
+    assert (row.cost.parameters, row.cost.active_parameters, row.cost.flops) == (1000, 600.0, 5000.0)
 
 
 def test_time_of_a_hit_is_that_of_its_first_making(runs, store):

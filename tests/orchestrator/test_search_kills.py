@@ -33,6 +33,24 @@ stages:
   end: {kind: gather, inputs: {numbers: "${stages.s}"}}
 """
 
+POPULATION = """
+apiVersion: moepipe/v1
+name: search
+tracking: {enabled: false}
+stages:
+  s:
+    kind: search
+    config:
+      stage: {kind: grow, config: {steps: 60, step_s: 0.03}}
+      space: {rate: {loguniform: [0.001, 2]}}
+      metric: scores.near
+      selection: training_domains
+      algorithm: population
+      population: {size: 4, interval: 20}
+      concurrency: 2
+  end: {kind: gather, inputs: {numbers: "${stages.s}"}}
+"""
+
 
 def moepipe(folder: Path, *words: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "MOEPIPE_STORE": str(folder / "store")}
@@ -54,19 +72,20 @@ def studies(folder: Path) -> set[str]:
     return {path.parent.name for path in (folder / "store/artifacts").glob("*/search")}
 
 
-def test_a_killed_search_loses_no_trial(tmp_path):
+@pytest.mark.parametrize(("pipeline", "trials"), [(PIPELINE, 3), (POPULATION, 6)], ids=["tpe", "population"])
+def test_a_killed_search_loses_no_trial(tmp_path, pipeline, trials):
     path = tmp_path / "search.yaml"
-    path.write_text(PIPELINE)
+    path.write_text(pipeline)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(moepipe(whole, "submit", str(path), "--on", "inline"))
     process = moepipe(killed, "submit", str(path))
     deadline = time.monotonic() + 300
-    while log(killed).count(" trial ") < 3:
+    while log(killed).count(" trial ") < trials:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
     time.sleep(1)  # what still runs may finish a trial
     finish(moepipe(killed, "resume", "latest"))
-    assert log(killed).count("(from the store)") >= 3
+    assert log(killed).count("(from the store)") >= trials
     assert studies(killed) == studies(whole)

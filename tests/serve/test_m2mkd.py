@@ -36,6 +36,20 @@ def run(store):
     return outcome
 
 
+@pytest.mark.parametrize("method", [METHOD, CIRCUIT])
+def test_one_file_goes_from_data_to_a_served_network(method, store):
+    toy.register()
+    deploy = {"kind": "deploy", "inputs": {"model": "${stages.tuned}"}, "config": {"name": "toys"}}
+    outcome, found = go(pipeline({**stages(method), "deploy": deploy}), store)
+    assert outcome.status == "finished"
+    for source in (found.id, outcome.artifacts["deploy/seed=0"]):  # the run, and the deployment itself
+        parts = locate(source, store.url)
+        assert (parts.name, parts.version) == ("toys", outcome.artifacts["tuned/seed=0"])
+    manifest = store.artifact(outcome.artifacts["deploy/seed=0"]).meta
+    assert manifest["backbone"] == ("circuit" if method is CIRCUIT else "vmoe") and manifest["outputs"] == 3
+    assert ServedModel.load(found.id, store_url=store.url).predict(torch.rand(2, 1, 12, 12)).shape == (2, 3)
+
+
 def test_the_tuned_model_is_served_and_answers_as_in_the_pipeline(run, store):
     model = ServedModel.load(run.artifacts["tuned/seed=0"], store_url=store.url)
     artifact = store.artifact(run.artifacts["tuned/seed=0"])

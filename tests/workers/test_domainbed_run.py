@@ -18,6 +18,7 @@ from workers.domainbed.records import read_run
 from workers.domainbed.run import RunSettings, run_job, write_records
 from workers.domainbed.selection import run_choices
 from workers.domainbed.takeover import export_runs, take_over
+from workers.modelfile import MODEL_FILE, load_tensors
 
 STEPS = 7
 
@@ -136,7 +137,10 @@ def test_a_registry_data_set_has_one_environment_for_each_domain(tmp_path):
     tiny = {"backbone": {"name": "tiny_cnn", "width": 4}, "dataset_options": {"num_domains": 4}, "save_model": True}
     meta = run_job(args, settings(**tiny), Desk(tmp_path))
     assert meta["labels"] == ["0", "1", "2", "3"]
-    assert (tmp_path / "output/model.safetensors").is_file()
+    weights = load_tensors(tmp_path / "output" / MODEL_FILE)
+    parameters = sum(value.numel() for name, value in weights.items() if "running" not in name and "num_b" not in name)
+    assert meta["cost"]["parameters"] == meta["cost"]["active_parameters"] == parameters
+    assert meta["cost"]["flops"] > 2 * parameters  # convolutions use a weight more than once
 
 
 def test_routers_are_recorded_by_domain_and_class(tmp_path):

@@ -12,6 +12,7 @@ held-out domain but after the last update (the oracle reads only that); and, whe
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import time
@@ -39,6 +40,7 @@ from workers.domainbed.scores import balanced_weights
 from workers.domainbed.splits import split_domain
 from workers.engines.base import OptimizerOptions
 from workers.engines.torch import TorchEngine
+from workers.evaluation_cost import IMAGES, model_cost
 from workers.loop import Evaluation, FitResult, LoopSpec, fit, mix
 from workers.modelfile import MODEL_FILE, save_tensors
 from workers.networks import build_network, groups_of
@@ -132,7 +134,7 @@ def run_job(args: Mapping[str, Any], settings: RunSettings, context: Context) ->
         write_routing(run.network.eval(), run.data, rows, context.output)
     merged = run.merged(result, context.output) if settings.merge else {}
     context.metrics({"step_time": (time.perf_counter() - started) / steps})
-    return {**run.meta(result), **merged}
+    return {**run.meta(result), **merged, "cost": run.cost(result)}
 
 
 def write_records(records: Sequence[Mapping[str, Any]], folder: Path) -> None:
@@ -305,6 +307,15 @@ class _Run:
         after = self._both(dense.eval(), step)
         save_tensors(folder / "merged.safetensors", dense.state_dict())
         return {"merged": {"before": before, "after": after, "residual": residual}}
+
+    def cost(self, result: FitResult) -> dict[str, Any]:
+        """Parameters and operations of the selected network, on the first images of a held-out domain."""
+        self.network.load_state_dict(result.selected)
+        number = (self.test_envs or self.training)[0]
+        images, _ = self._read(number, self.splits[number].in_[:IMAGES], False, np.random.default_rng(0))
+        network = self.network.eval()
+        each = [functools.partial(network, images[row : row + 1]) for row in range(len(images))]
+        return model_cost(network, each).to_json()
 
     def _both(self, module: nn.Module, step: int) -> dict[str, float]:
         """Accuracy on `out` of training domains and `in` of held-out ones."""

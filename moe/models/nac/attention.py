@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from moe.errors import SpecError
-from moe.models.nac.draws import Draws, draws_or_default, path_drop
+from moe.models.nac.draws import Draws, branch, draws_or_default, path_drop
 from moe.models.nac.graph_specs import AttentionOptions, ModFCSpec
 from moe.models.nac.kernel import DotProductKernel
 from moe.models.nac.modfc import EPS, LayerScale, ModLinear
+from moe.models.nac.products import edge_attention, worth_it
 
 
 class Nodes(NamedTuple):
@@ -94,18 +95,37 @@ class LatentAttention(nn.Module):
         Raises:
             SpecError: signatures are missing, or widths don't fit.
         """
-        source = draws_or_default(draws)
+        source, rate = draws_or_default(draws), self.path_drop_prob
         log_affinity, affinity = self._affinities(receivers, senders, source)
-        sender_norm = self.receiver_layernorm if self.sender_layernorm is None else self.sender_layernorm
-        q_BHUD = self._heads(self.query_compiler(self.receiver_layernorm(receivers.states), receivers.codes))
-        sent = sender_norm(senders.states)
-        k_BHVD = self._heads(self.key_compiler(sent, senders.codes))
-        v_BHVD = self._heads(self.value_compiler(sent, senders.codes))
-        message = attend(q_BHUD, k_BHVD, v_BHVD, log_affinity, affinity)
-        residual = self.layer_scale(self.exit_layer(message.transpose(1, 2).flatten(2), receivers.codes))
         if not self.include_residual:
-            return residual  # type: ignore[no-any-return]
-        return path_drop(receivers.states, residual, self.path_drop_prob, self.training, "path_drop", source)
+            return self._residual(receivers, senders, log_affinity, affinity)
+        states = receivers.states
+        if self.training and rate and worth_it(states, states.numel() * self.query_compiler.out_features):
+            kept = branch(states, rate, "path_drop", source)
+            to, sent = (side._replace(states=kept.of(side.states)) for side in (receivers, senders))
+            if log_affinity is not None and log_affinity.ndim == 3:
+                log_affinity = kept.of(log_affinity)
+            if affinity is not None and affinity.ndim == 3:
+                affinity = kept.of(affinity)
+            return kept.add(states, self._residual(to, sent, log_affinity, affinity))
+        residual = self._residual(receivers, senders, log_affinity, affinity)
+        return path_drop(states, residual, rate, self.training, "path_drop", source)
+
+    def _residual(
+        self, receivers: Nodes, senders: Nodes, log_affinity: Tensor | None, affinity: Tensor | None
+    ) -> Tensor:
+        """What the messages add to the receivers' states."""
+        sender_norm = self.receiver_layernorm if self.sender_layernorm is None else self.sender_layernorm
+        q_BUI = self.query_compiler(self.receiver_layernorm(receivers.states), receivers.codes)
+        sent = sender_norm(senders.states)
+        k_BVI, v_BVI = self.key_compiler(sent, senders.codes), self.value_compiler(sent, senders.codes)
+        message_BUI = attend(q_BUI, k_BVI, v_BVI, self.num_heads, log_affinity, affinity)
+        return self.layer_scale(self.exit_layer(message_BUI, receivers.codes))  # type: ignore[no-any-return]
+
+    def _tiled(self, receivers: Nodes, senders: Nodes) -> bool:
+        """Whether a head's scores are a large product."""
+        operations = receivers.states.shape[1] * senders.states.shape[1] * self.query_compiler.out_features
+        return worth_it(receivers.states, operations // self.num_heads)
 
     def _affinities(self, receivers: Nodes, senders: Nodes, draws: Draws) -> tuple[Tensor | None, Tensor | None]:
         """What is added to scores and what multiplies weights, each ``[U, V]``, ``[B, U, V]`` or None."""
@@ -117,12 +137,13 @@ class LatentAttention(nn.Module):
         if not mask:
             return None, self.kernel.plain(receivers.signatures, senders.signatures)
         log_affinity = self.kernel.log(
-            receivers.signatures, senders.signatures, receivers.states.shape[0], draws.at(uniform=draws.name("kernel"))
+            receivers.signatures,
+            senders.signatures,
+            receivers.states.shape[0],
+            draws.at(uniform=draws.name("kernel")),
+            for_softmax=not scale and self._tiled(receivers, senders),
         )
         return log_affinity, log_affinity.exp() if scale else None
-
-    def _heads(self, x_BUI: Tensor) -> Tensor:
-        return split_heads(x_BUI, self.num_heads).transpose(1, 2)
 
 
 def split_heads(x_BUI: Tensor, num_heads: int) -> Tensor:
@@ -131,32 +152,52 @@ def split_heads(x_BUI: Tensor, num_heads: int) -> Tensor:
 
 
 def attend(
-    q_BHUD: Tensor, k_BHVD: Tensor, v_BHVD: Tensor, log_affinity: Tensor | None = None, affinity: Tensor | None = None
+    q_BUI: Tensor,
+    k_BVI: Tensor,
+    v_BVI: Tensor,
+    num_heads: int,
+    log_affinity: Tensor | None = None,
+    affinity: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention with affinities.
 
     Args:
-        q_BHUD: queries.
-        k_BHVD: keys.
-        v_BHVD: values.
+        q_BUI: queries.
+        k_BVI: keys.
+        v_BVI: values.
+        num_heads: heads H.
         log_affinity: added to the scores of every head: ``[U, V]``, where -inf closes an edge and a receiver without
             an open edge gets zeros, or sampled ``[B, U, V]``, which is finite.
         affinity: as ``log_affinity``, multiplies the softmax weights.
 
     Returns:
-        Messages ``[B, H, U, D]``.
+        Messages ``[B, U, I]``.
     """
-    scores = (q_BHUD * (1 / math.sqrt(q_BHUD.shape[-1]))) @ k_BHVD.transpose(-1, -2)
     dead_U1 = None
     if log_affinity is not None and log_affinity.ndim == 2:
-        log_affinity = log_affinity.to(scores.dtype)
         dead_U1 = (log_affinity == -math.inf).all(dim=-1, keepdim=True)
-        scores = scores + log_affinity.masked_fill(dead_U1, 0.0)
-    elif log_affinity is not None:
-        scores = scores + log_affinity.to(scores.dtype).unsqueeze(1)
+        log_affinity = log_affinity.masked_fill(dead_U1, 0.0)
+    if affinity is None and worth_it(q_BUI, q_BUI.shape[1] * k_BVI.shape[1] * (q_BUI.shape[2] // num_heads)):
+        message_BUI = edge_attention(q_BUI, k_BVI, v_BVI, log_affinity, num_heads)
+    else:
+        q_BHUD, k_BHVD, v_BHVD = (split_heads(x, num_heads).transpose(1, 2) for x in (q_BUI, k_BVI, v_BVI))
+        message_BUI = _attend_plainly(q_BHUD, k_BHVD, v_BHVD, log_affinity, affinity).transpose(1, 2).flatten(2)
+    return message_BUI if dead_U1 is None else message_BUI.masked_fill(dead_U1, 0.0)
+
+
+def _attend_plainly(
+    q_BHUD: Tensor, k_BHVD: Tensor, v_BHVD: Tensor, log_affinity: Tensor | None, affinity: Tensor | None
+) -> Tensor:
+    """Messages ``[B, H, U, D]``; every receiver has an open edge."""
+    scores = (q_BHUD * (1 / math.sqrt(q_BHUD.shape[-1]))) @ k_BHVD.transpose(-1, -2)
+    if log_affinity is not None:
+        scores = scores + _for_heads(log_affinity.to(scores.dtype))
     weights = scores.softmax(dim=-1)
     if affinity is not None:
-        affinity = affinity.to(weights.dtype)
-        weights = weights * (affinity if affinity.ndim == 2 else affinity.unsqueeze(1))
-    message = torch.matmul(weights.to(v_BHVD.dtype), v_BHVD)
-    return message if dead_U1 is None else message.masked_fill(dead_U1, 0.0)
+        weights = weights * _for_heads(affinity.to(weights.dtype))
+    return torch.matmul(weights.to(v_BHVD.dtype), v_BHVD)
+
+
+def _for_heads(affinity: Tensor) -> Tensor:
+    """An affinity beside ``[B, H, U, V]``."""
+    return affinity if affinity.ndim == 2 else affinity.unsqueeze(1)

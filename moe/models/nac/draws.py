@@ -11,6 +11,7 @@ Families: ``uniform`` on [0, 1), ``normal`` with unit variance, ``exponential`` 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,3 +119,37 @@ def path_drop(old_BUS: Tensor, residual_BUS: Tensor, rate: float, training: bool
     u = draws.uniform(name, (old_BUS.shape[0], 1, 1), old_BUS)
     keep = torch.floor((1 - rate) + u) / (1 - rate)
     return old_BUS + residual_BUS * keep.to(residual_BUS.dtype)
+
+
+class Branch(NamedTuple):
+    """A residual branch of a batch under path drop.
+
+    Attributes:
+        rows: samples that keep it, int64; None for all.
+        factor: of what it adds.
+    """
+
+    rows: Tensor | None
+    factor: float
+
+    def of(self, x_BUS: Tensor) -> Tensor:
+        """The samples of ``x`` for which the branch has to be computed."""
+        return x_BUS if self.rows is None else x_BUS[self.rows]
+
+    def add(self, old_BUS: Tensor, residual: Tensor) -> Tensor:
+        """What :func:`path_drop` returns, from the residual of those samples alone."""
+        if self.rows is None:
+            return torch.add(old_BUS, residual, alpha=self.factor)
+        return old_BUS.index_add(0, self.rows, residual, alpha=self.factor)
+
+
+def branch(old_BUS: Tensor, rate: float, name: str, draws: Draws) -> Branch:
+    """The branch that :func:`path_drop` would add to ``old`` in training, by the same draw, made before it is computed.
+
+    Where every sample drops it, it is computed for all and counts nothing, so that its weights get gradients of zero.
+    """
+    u = draws.uniform(name, (old_BUS.shape[0], 1, 1), old_BUS)
+    rows = torch.floor((1 - rate) + u).flatten().nonzero().flatten()
+    if not len(rows):
+        return Branch(None, 0.0)
+    return Branch(None if len(rows) == len(old_BUS) else rows, 1 / (1 - rate))

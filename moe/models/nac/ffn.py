@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.models.nac.draws import Draws, draws_or_default, path_drop
+from moe.models.nac.draws import Draws, branch, draws_or_default, path_drop
 from moe.models.nac.graph_specs import ModFCSpec
 from moe.models.nac.modfc import EPS, LayerScale, ModLinear
+from moe.models.nac.products import geglu, worth_it
 
 
 class Activation(nn.Module):
@@ -24,6 +25,8 @@ class Activation(nn.Module):
         """``[..., 2H] -> [..., H]`` if gated, else shape-preserving."""
         if not self.gated:
             return F.gelu(x)
+        if worth_it(x, x.numel()):
+            return geglu(x)
         value, gate = x.chunk(2, dim=-1)
         return value * F.gelu(gate)
 
@@ -70,10 +73,17 @@ class ModFFN(nn.Module):
 
     def forward(self, states_BUS: Tensor, codes_UC: Tensor, draws: Draws | None = None) -> Tensor:
         """New states ``[B, U, S]``. Draw: ``path_drop`` (uniform, ``[B, 1, 1]``), in training with a rate above 0."""
+        source, rate = draws_or_default(draws), self.path_drop_prob
+        if not self.include_residual:
+            return self._residual(states_BUS, codes_UC)
+        into: ModLinear = self.ffn[0]  # type: ignore[assignment]
+        if self.training and rate and worth_it(states_BUS, states_BUS.numel() * into.out_features):
+            kept = branch(states_BUS, rate, "path_drop", source)
+            return kept.add(states_BUS, self._residual(kept.of(states_BUS), codes_UC))
+        residual = self._residual(states_BUS, codes_UC)
+        return path_drop(states_BUS, residual, rate, self.training, "path_drop", source)
+
+    def _residual(self, states_BUS: Tensor, codes_UC: Tensor) -> Tensor:
         into, activation, out = self.ffn
         hidden = activation(into(self.layernorm(states_BUS), codes_UC))
-        residual = self.layer_scale(out(hidden, codes_UC))
-        if not self.include_residual:
-            return residual  # type: ignore[no-any-return]
-        source = draws_or_default(draws)
-        return path_drop(states_BUS, residual, self.path_drop_prob, self.training, "path_drop", source)
+        return self.layer_scale(out(hidden, codes_UC))  # type: ignore[no-any-return]

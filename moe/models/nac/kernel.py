@@ -22,6 +22,10 @@ from moe.errors import SpecError
 from moe.models.nac.draws import Draws, draws_or_default
 from moe.models.nac.graph_specs import KernelSpec
 from moe.models.nac.modfc import L2_EPS
+from moe.models.nac.products import log_probability, worth_it
+
+OPERATIONS_OF_AN_EDGE = 20
+"""About what an exponential and a logarithm cost, in multiplications."""
 
 
 def cosine_distance(receiver_UZ: Tensor, sender_VZ: Tensor) -> Tensor:
@@ -56,6 +60,8 @@ def relaxed_edges(log_p: Tensor, uniform_BUV: Tensor, temperature: float) -> Ten
     p = p + (p.clamp(0, 1) - p).detach()
     p = p.clamp(limits.eps, 1 - limits.eps)
     z = (torch.logit(uniform_BUV, eps=limits.eps) + (p.log() - torch.log1p(-p))) / temperature
+    if worth_it(z, OPERATIONS_OF_AN_EDGE * z.numel()):
+        return log_probability(z)
     return F.logsigmoid(z).clamp(math.log(limits.tiny), math.log1p(-limits.eps))
 
 
@@ -96,19 +102,35 @@ class DotProductKernel(nn.Module):
         cut = scaled.detach() > self.spec.truncation / self.bandwidth.detach()
         return scaled.masked_fill(cut, math.inf)
 
-    def log(self, receiver_UZ: Tensor, sender_VZ: Tensor, batch: int = 1, draws: Draws | None = None) -> Tensor:
+    def log(
+        self,
+        receiver_UZ: Tensor,
+        sender_VZ: Tensor,
+        batch: int = 1,
+        draws: Draws | None = None,
+        *,
+        for_softmax: bool = False,
+    ) -> Tensor:
         """Log-affinities ``[U, V]``; ``[B, U, V]`` when edges are sampled (training, ``stochastic_kernel``).
 
         Draw: ``uniform`` (``[B, U, V]``), when edges are sampled.
+
+        Args:
+            receiver_UZ: signatures.
+            sender_VZ: signatures.
+            batch: samples B.
+            draws: random numbers.
+            for_softmax: leave out the normalisation along senders, which a softmax over them undoes.
         """
+        normalize = self.normalize_along_senders and not for_softmax
         y = -self.distance(receiver_UZ, sender_VZ)
         if self.spec.truncation is not None and self.spec.truncation_implementation == "masked":
             y = y.masked_fill(self._cut(receiver_UZ, sender_VZ), -math.inf)
         if self.training and self.spec.stochastic_kernel:
             u = draws_or_default(draws).uniform("uniform", (batch, *y.shape), y)
             y = relaxed_edges(y, u, self.spec.stochastic_sampling_temperature)
-            return y.log_softmax(dim=-1) if self.normalize_along_senders else y
-        return log_normalize(y) if self.normalize_along_senders else y
+            return y.log_softmax(dim=-1) if normalize else y
+        return log_normalize(y) if normalize else y
 
     def plain(self, receiver_UZ: Tensor, sender_VZ: Tensor) -> Tensor:
         """Affinities ``[U, V]``, never sampled."""

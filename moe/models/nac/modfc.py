@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from moe.errors import SpecError
 from moe.models.nac.graph_specs import ModFCSpec, Normalization
+from moe.models.nac.products import linear, modulated, worth_it
 
 EPS = 1e-5
 """Epsilon of all layer norms of a circuit."""
@@ -84,7 +85,10 @@ class ModLinear(nn.Module):
         if code.shape[-1] != self.context_features:
             raise SpecError(f"Codes of shape {tuple(code.shape)} cannot modulate a layer made for width "
                             f"{self.context_features}.")  # fmt: skip
-        s = self.scale_gain * normalize(self.scale(code), self.spec.scale_normalization_type)
+        weight = self.scale.weight
+        fast = code.ndim == 2 and worth_it(code, code.numel() * self.in_features)
+        mapped = linear(code, weight) if fast else F.linear(code, weight)
+        s = self.scale_gain * normalize(mapped, self.spec.scale_normalization_type)
         return s + 1 if self.spec.add_one_to_scale else s
 
     def demodulation(self, scale: Tensor) -> Tensor:
@@ -109,6 +113,9 @@ class ModLinear(nn.Module):
         scale = self.input_scale(code)
         if scale is None:
             return F.linear(x, self.native_weight, self.native_bias)
+        plain = self.spec.kind == "ModFC" and self.spec.scale_times_input_normalization_type == "none"
+        if plain and x.ndim == 3 and scale.ndim == 2 and worth_it(x, x.numel() * self.out_features):
+            return modulated(x, scale, self.native_weight, self.native_bias)
         h = normalize(x * scale, self.spec.scale_times_input_normalization_type)
         if self.spec.kind == "ModFC":
             return F.linear(h, self.native_weight, self.native_bias)

@@ -1,8 +1,8 @@
-"""Two torch-free stages that write down every step they execute, so that work done twice is counted exactly."""
+"""Stages, two without torch and two that train; they write down every step, so work done twice is counted exactly."""
 
 from orchestrator.stages.base import STAGES
 
-KINDS = ("steps", "gang_steps")
+KINDS = ("steps", "gang_steps", "train_steps", "gang_train")
 
 
 def register() -> None:

@@ -35,7 +35,7 @@ def count(config: StepsConfig, name: str, start: int, scratch: Path, reporter: R
         step, state = int(saved["step"]), int(saved["state"])
         reporter.log(f"Resumed at step {step} of {config.steps}.")
     while step < config.steps:
-        _note(f"{time.time():.3f} {name} {step}")
+        note(name, step)
         time.sleep(config.step_s)
         state = (state * 6364136223846793005 + step) % _PRIME
         step += 1
@@ -48,10 +48,11 @@ def count(config: StepsConfig, name: str, start: int, scratch: Path, reporter: R
     return state
 
 
-def _note(line: str) -> None:
+def note(member: str, step: int) -> None:
     """One line to the journal in one write; appending is atomic for lines this short."""
-    if name := os.environ.get(JOURNAL):
-        handle = os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    if path := os.environ.get(JOURNAL):
+        line = f"{time.time():.3f} {member} {step}"
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             os.write(handle, line.encode() + b"\n")
         finally:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from workers.context import Input
 
-Crash = Literal["error", "memory", "exit", "sigkill"]
+Crash = Literal["error", "memory", "exit", "sigkill", "freeze"]
 
 
 def write_value(folder: Path, value: int) -> dict[str, Any]:
@@ -42,11 +42,13 @@ def attempts(scratch: Path) -> int:
 
 
 def crash(how: Crash, message: str) -> None:
-    """Fail in the way asked for; ``exit`` and ``sigkill`` end the process."""
+    """Fail in the way asked for; ``exit`` and ``sigkill`` end the process, ``freeze`` leaves it standing still."""
     if how == "memory":
         raise MemoryError(message)
     if how == "exit":
         os._exit(17)
     if how == "sigkill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if how == "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
     raise RuntimeError(message)

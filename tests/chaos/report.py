@@ -1,0 +1,50 @@
+"""The table of a campaign."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from tests.chaos.campaign import Round
+
+WORDS = {
+    "worker": "worker process (`kill -9`)",
+    "rank": "rank of a gang (`kill -9`)",
+    "actor": "actor (`ray.kill`)",
+    "raylet": "raylet (`kill -9`)",
+    "gcs": "head process of an embedded Ray (`kill -9`)",
+    "driver": "driver (`kill -9`)",
+    "object": "object of Ray's store, or the actor that keeps the signals",
+    "pause": "process stands still for 6 to 9 s",
+    "freeze": "process stands still for good",
+    "damage": "bytes of an artifact or a checkpoint",
+    "disk full": "full disk for 1 to 5 s",
+    "store away": "S3 server refuses for 3 to 9 s",
+    "store silent": "network to the S3 server stands still for 3 to 9 s",
+    "node": "node crashes",
+    "spot notice": "node drained, then gone",
+    "cut": "node stands still until it is given up, and comes back",
+    "head": "head with all nodes and the driver",
+}
+
+
+def table(rounds: Sequence[Round]) -> str:
+    """Markdown: one line per kind, and one for all. What is lost is told in checkpoint intervals."""
+    lines = [
+        "| fault | faults | runs finished | digests equal | recovery s, median | most | lost, median | most |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    strikes = [(strike, done) for done in rounds for strike in done.strikes]
+    for kind, words in [*WORDS.items(), ("", "**all**")]:
+        mine = [(strike, done) for strike, done in strikes if not kind or strike.kind == kind]
+        if not mine:
+            continue
+        took = [strike.recovery_s for strike, _ in mine if strike.recovery_s] or [0.0]
+        lost = [strike.lost for strike, _ in mine]
+        runs = list({done.name: done for _, done in mine}.values())
+        finished, equal = sum(done.finished for done in runs), sum(done.equal for done in runs)
+        lines.append(
+            f"| {words} | {len(mine)} | {finished} of {len(runs)} | {equal} of {len(runs)} | {median(took):.1f} "
+            f"| {max(took):.1f} | {median(lost):.2f} | {max(lost):.2f} |"
+        )
+    return "\n".join(lines)
