@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from moe.errors import Interrupted, MoepipeError, RunFailed, SpecError, nearest
+from moe.errors import Interrupted, RunFailed, SpecError, nearest
 from orchestrator.blobs import write_atomic
 from orchestrator.context import CodeChanged, MemberContext
 from orchestrator.search_check import metric_value, numbers
+from orchestrator.search_selection import check_selection, plain
 from orchestrator.search_trial import Outcome, TrialMaker, found, known_points, run_trial, store_of
 from orchestrator.stages.base import Member
 from orchestrator.stages.search import KIND, SearchConfig
@@ -95,7 +96,7 @@ class Search:
         if config.algorithm == "schedule":
             return Schedule(config.schedule)
         seed = self.maker.seed(0) if config.sampler_seed is None else config.sampler_seed
-        written = self.space.project(_plain(config)) if config.include_written else None
+        written = self.space.project(plain(config)) if config.include_written else None
         if config.population is not None:
             first = [] if written is None else [written]
             return Population(self.space, config.population, config.modes[0], seed, first)
@@ -371,38 +372,6 @@ def in_ray_worker() -> bool:
     return bool(ray.get_runtime_context().worker.mode == ray.WORKER_MODE)
 
 
-def check_selection(config: SearchConfig, context: Context) -> None:
-    """Hold the declared selection against the rows: who is in the validation split.
-
-    Raises:
-        SpecError: the validation rows belong to test domains, or to other domains than was declared.
-    """
-    data, plain = context.inputs.get("data", ()), _plain(config)
-    searched = config.space.get("val_split")
-    names = list(searched.choice or ()) if searched is not None else [plain.get("val_split")]
-    if not data or not all(isinstance(name, str) for name in names):
-        return
-    from workers.data import read_index
-
-    index = read_index(data[0])
-    domains = {name: set(index.column(index.domain_field, rows).tolist()) for name, rows in index.splits.items()}
-    trained = set().union(*(domains.get(name, set()) for name in plain.get("splits") or ("train",)))
-    for split in names:
-        if split in domains:
-            _check_split(split, domains[split], trained, domains.get("test", set()), config.selection)
-
-
-def _check_split(split: str, rows: set[int], trained: set[int], test: set[int], declared: str) -> None:
-    if rows & (test - trained):
-        raise SpecError(f"The split {split!r} holds rows of test domains.", "Selection never looks at test domains.")
-    actual = "training_domains" if rows <= trained else "validation_domains"
-    if actual != declared:
-        whose = "training domains" if rows <= trained else "domains that are not trained on"
-        raise SpecError(
-            f"selection is {declared!r}, but the rows of split {split!r} are of {whose}.", f"Write selection: {actual}."
-        )
-
-
 def copy_files(source: Path, names: Sequence[str], target: Path) -> None:
     """Copy an artifact's files (links where the file system has them: both are read-only)."""
     for name in names:
@@ -412,14 +381,6 @@ def copy_files(source: Path, names: Sequence[str], target: Path) -> None:
             to.hardlink_to(source / name)
         except OSError:
             shutil.copyfile(source / name, to)
-
-
-def _plain(config: SearchConfig) -> Mapping[str, Any]:
-    """The wrapped config as written, with what presets and defaults fill in; raw where it is incomplete."""
-    try:
-        return config.point({}).model_dump(mode="json")
-    except (ValueError, MoepipeError):
-        return config.stage.config
 
 
 def _whose(row: Row) -> str:

@@ -22,7 +22,7 @@ from orchestrator.loading import load
 from orchestrator.plan import make_plan
 from orchestrator.positions import SpecErrors
 from orchestrator.search_result import describe_searches, search_lines
-from orchestrator.search_run import check_selection
+from orchestrator.search_selection import check_selection
 from orchestrator.stages.search import SearchConfig
 from orchestrator.store import Store
 from tests.support.pipelines import go, pipeline
