@@ -24,7 +24,7 @@ from workers.datasets.base import DomainData, IntArray
 from workers.device import setup
 from workers.engines.base import OptimizerOptions, ParamGroup
 from workers.engines.torch import TorchEngine
-from workers.loop import FitResult, LoopSpec, Schedule, epoch_halves, every, fit, mix, official_halves
+from workers.loop import OBSERVED, FitResult, LoopSpec, Schedule, epoch_halves, every, fit, mix, official_halves
 from workers.metrics import score
 from workers.modelfile import MODEL_FILE, save_tensors
 from workers.networks import groups_of
@@ -111,6 +111,8 @@ def train_model(
         return list(zip(torch.split(images, size), torch.split(targets, size), strict=True))
 
     groups = _groups(init, settings) if algorithm is None else groups_of(algorithm, init)
+    average = None if algorithm is None else algorithm.averaging()
+    observes = average is not None and average.observes
     engine = TorchEngine(init, groups, optimizer_options(settings), device)
     prefetch = Prefetcher(batches, steps, depth=2 if settings.loader_threads else 0)
     loop = loop_spec(settings, steps, sampler.steps_per_epoch, seed, data.info.selection_metric)
@@ -127,7 +129,7 @@ def train_model(
             reporter,
             checkpoints,
             evaluate=lambda module, step: evaluate_rows(
-                module, data, val_rows, eval_reader, settings.eval_batch_size, device
+                module, data, val_rows, eval_reader, settings.eval_batch_size, device, with_loss=observes
             ),
             loss_fn=supervised_loss(data.info.task) if algorithm is None else None,
             algorithm=algorithm,
@@ -211,10 +213,23 @@ def logits_of(
 
 
 def evaluate_rows(
-    module: nn.Module, data: DomainData, rows: IntArray, reader: ImageReader, batch_size: int, device: torch.device
+    module: nn.Module,
+    data: DomainData,
+    rows: IntArray,
+    reader: ImageReader,
+    batch_size: int,
+    device: torch.device,
+    with_loss: bool = False,
 ) -> dict[str, float]:
-    """Scores of ``data.info.metrics`` over ``rows`` together (not a mean over batches)."""
-    return score_logits(data, rows, logits_of(module, rows, reader, batch_size, device))
+    """Scores of ``data.info.metrics`` over ``rows`` together (not a mean over batches), and their mean loss if asked."""
+    from moe.losses import task_loss
+
+    logits = logits_of(module, rows, reader, batch_size, device)
+    scores = score_logits(data, rows, logits)
+    if with_loss:
+        labels = torch.from_numpy(np.ascontiguousarray(data.labels[rows]))
+        scores[OBSERVED] = float(task_loss(data.info.task, torch.from_numpy(logits), labels))
+    return scores
 
 
 def score_logits(data: DomainData, rows: IntArray, logits: NDArray[np.float32]) -> dict[str, float]:

@@ -91,3 +91,9 @@ def test_a_circuit_is_served_without_noise(store):
     with torch.no_grad():
         torch.testing.assert_close(model.predict(images), quiet(images), atol=1e-5, rtol=1e-4)
     assert torch.equal(model.predict(images), model.predict(images))
+
+
+def test_a_record_without_a_backbone_is_named(tmp_path):
+    for form in ("vit", "jetvit"):  # a module alone, or an artifact of an earlier version
+        with pytest.raises(CheckpointError, match=f"'{form}' says no backbone"):
+            load_student(tmp_path, {"form": form, "num_outputs": 3})

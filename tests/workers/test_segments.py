@@ -162,6 +162,7 @@ def test_segments_on_two_ranks(tmp_path, engine):
     ("name", "backbone", "options"),
     [
         ("sma", TINY, {"start": 3}),
+        ("swad", TINY, {"converge": 2, "tolerance": 3}),
         ("irm", TINY, {"penalty_anneal_iters": 4}),
         ("gmoe", SPARSE, {}),
     ],
