@@ -221,7 +221,7 @@ def evaluate_rows(
     device: torch.device,
     with_loss: bool = False,
 ) -> dict[str, float]:
-    """Scores of ``data.info.metrics`` over ``rows`` together (not a mean over batches), and their mean loss if asked."""
+    """Scores of ``data.info.metrics`` over ``rows`` together (not a mean over batches); their mean loss if asked."""
     from moe.losses import task_loss
 
     logits = logits_of(module, rows, reader, batch_size, device)
