@@ -25,10 +25,11 @@ export DS_BUILD_OPS=0 # DeepSpeed compiles nothing while it is installed
 export OMP_NUM_THREADS=1 # members set their own number of threads
 
 # How soon the head believes that a host is gone: it asks each node every 2 s and gives it 4 s to answer; after three
-# misses the node is dead for good (its Ray starts anew). A host that loses power is noticed in about 15 s at most.
-# Ray's own values take up to a minute. Shorter ones would bury hosts that are only busy.
+# misses the node is dead for good (its Ray starts anew). A host that loses power is noticed in about 20 s; Ray's own
+# values take up to a minute. Shorter ones would bury hosts that are only busy.
 export RAY_health_check_period_ms=2000
 export RAY_health_check_timeout_ms=4000
 export RAY_health_check_failure_threshold=3
-# A node that cannot reach its head for so long ends itself and what it runs, so that its members may go on elsewhere.
+# A node that has lost its head for so long ends itself and what it runs. The count begins when its connection breaks: at
+# once when the head's processes die, after some minutes when a cable is cut and nothing answers.
 export RAY_gcs_rpc_server_reconnect_timeout_s=30

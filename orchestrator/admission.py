@@ -11,6 +11,7 @@ from orchestrator.graph import Graph
 Shape = tuple[int | tuple[str, float], ...]
 PATIENCE_S = 30.0
 PENDING_S = 300.0
+LOOK_S = 10.0
 
 
 class Admission:
@@ -30,6 +31,7 @@ class Admission:
         self._full: set[Shape] = set()
         self._starved: float | None = None
         self._slots: dict[str, int] = {}
+        self._looked = time.monotonic()
 
     def open(self, names: Iterable[str]) -> None:
         """Ask for the capacity, at the first miss (a run of hits never starts Ray).
@@ -48,6 +50,8 @@ class Admission:
         """Begin a pass over the ready nodes, longest first."""
         self._reserved = set()
         self._full = set()
+        if time.monotonic() - self._looked > LOOK_S:
+            self.refresh()  # a host that came back is used again
 
     def take(self, name: str) -> bool:
         """Take a node's resources. One that was passed over for long keeps smaller ones off what it waits for."""
@@ -90,7 +94,8 @@ class Admission:
                 self._ledger.give_back(f"{name}#{number}")
 
     def refresh(self) -> Capacity | None:
-        """Ask again how much there is (after machines failed)."""
+        """Ask again how much there is (after machines failed, or may have come)."""
+        self._looked = time.monotonic()
         capacity = None if self._ledger is None else self._capacity()
         if capacity is not None and self._ledger is not None:
             self._ledger.resize(capacity)

@@ -133,7 +133,7 @@ def _wait_for(port: int, tunnel: subprocess.Popen[bytes], said: Any, where: str)
     lines = [line for line in said.read().decode(errors="replace").splitlines() if line.strip()]
     raise EnvironmentProblem(
         f"No tunnel to the head of {where}: {lines[-1][:200] if lines else 'no answer'}.",
-        f"Is the cluster up (ray up {where}), may this machine reach it by ssh?",
+        f"Is the cluster up (moepipe cluster up {where}), may this machine reach it by ssh?",
     )
 
 

@@ -16,12 +16,13 @@ from pathlib import Path
 from orchestrator.events import Event
 from tests.chaos.disturb import undisturbed
 from tests.chaos.faults import CAUSES, FAULTS, SHARES
-from tests.chaos.places import CHECKPOINT_EVERY, Cluster, Disk, Machine, Remote
+from tests.chaos.places import CHECKPOINT_EVERY, EXPERT_STEPS, Cluster, Disk, Machine, Remote
 
 PLACES: tuple[type[Machine], ...] = (Machine, Remote, Cluster, Disk)
 _DEAD_S = 900.0  # a round that takes longer is stuck
 _STUCK_S = 180.0  # a fault after which nothing moves for so long
 _ONE_STEP_S = 0.7  # of a busy machine: the fault may come while a step is computed
+_LASTING = ("object", "pause", "store away", "store silent", "disk full")  # processes live on, most of them
 _SCARCE = ("rank", "damage")  # only possible for a part of a round
 
 
@@ -243,6 +244,8 @@ def charge(journal: Sequence[tuple[float, str, int]], strikes: Sequence[Strike])
         before, reached = last.get(member, (0.0, -1))
         if step <= reached:
             blamed = [strike for strike in strikes if strike.time <= before + _ONE_STEP_S]
+            if step == 0 and reached + 1 >= EXPERT_STEPS:  # it had finished, and what it made was damaged afterwards
+                blamed = [strike for strike in strikes if strike.time <= when and "artifact" in strike.title]
             if blamed:
                 known = blamed[-1].repeated
                 known[member] = known.get(member, 0) + reached + 1 - step
@@ -253,14 +256,23 @@ def charge(journal: Sequence[tuple[float, str, int]], strikes: Sequence[Strike])
 
 
 def moved_after(events: Sequence[Event], strike: Strike) -> float | None:
-    """When something that the fault hit made progress again, or the run ended well."""
+    """When something that the fault hit made progress again, or the run ended well.
+
+    After a fault that ends processes, progress counts from a new start on: words of the dead may still be under way.
+    """
+    begun: set[str] = set()
     for event in events:
-        if event.time <= strike.time:
+        if event.time <= strike.time + (2.0 if strike.kind == "pause" else 0.0):  # words still under way
             continue
         if event.kind == "run-finished" and event.data["status"] == "finished":
             return event.time
-        mine = event.node in strike.nodes if strike.nodes else event.kind != "member-hit"
-        if mine and event.kind in ("member-progress", "member-finished", "member-hit"):
+        if strike.nodes and event.node not in strike.nodes:
+            continue
+        if event.kind == "member-started":
+            begun.add(event.node)
+        if event.kind == "member-finished" or (event.kind == "member-hit" and strike.nodes):
+            return event.time
+        if event.kind == "member-progress" and (event.node in begun or strike.kind in _LASTING):
             return event.time
     return None
 

@@ -12,8 +12,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from tests.chaos.killer import Kind, Victim
-from tests.chaos.places import Cluster, Disk, Machine, Remote
+from tests.chaos.places import CHECKPOINT_EVERY, EXPERT_STEPS, Cluster, Disk, Machine, Remote
 
 
 @dataclass
@@ -119,7 +121,12 @@ def _damage(place: Machine, rng: random.Random) -> Hit | None:
     ]
     if made and not any(node.startswith("distill") for node in started):
         path = place.store / "artifacts" / rng.choice(made) / "weights.npy"
-        return Hit(f"{_spoil(path, rng)} of an artifact", {"distill/seed=0"}) if path.exists() else None
+        if not path.exists():
+            return None
+        # A finished member has no checkpoints any more: it is made again from its beginning.
+        return Hit(
+            f"{_spoil(path, rng)} of an artifact", {"distill/seed=0"}, intervals=EXPERT_STEPS // CHECKPOINT_EVERY
+        )
     victim = place.pick("member", rng)
     nodes = _of(work, victim, "member") if victim is not None else set()
     if victim is None or not nodes:
@@ -173,24 +180,37 @@ def _network(how: str) -> Fault:
     return fault
 
 
+def _busy(place: Cluster, rng: random.Random) -> tuple[str, list[psutil.Process], set[str]] | None:
+    """A node on which members run, its processes, and these members."""
+    busy, work = place.busy_nodes(), place.at_work()
+    if not busy or not work:
+        return None
+    name = rng.choice(sorted(busy))
+    here = {process.pid for process in busy[name]}
+    members = {node for node, pid in work.items() if pid in here}
+    # A gang may have its runner elsewhere.
+    return name, busy[name], members or {node for node in work if node.startswith("distill")}
+
+
 def _node(place: Machine, rng: random.Random) -> Hit | None:
     assert isinstance(place, Cluster)
-    busy = sorted(place.busy_nodes())
-    if not busy or not place.at_work():
+    found = _busy(place, rng)
+    if found is None:
         return None
-    name = rng.choice(busy)
+    name, _, members = found
     place.look()
     noticed = place.tell("crash", name)["noticed"]
     place.state = place.tell("add")
-    return Hit(f"{name[:8]}, noticed after {noticed:.1f} s")
+    return Hit(f"{name[:8]}, noticed after {noticed:.1f} s", members)
 
 
 def _notice(place: Machine, rng: random.Random) -> Hit | None:
     assert isinstance(place, Cluster)
-    busy = sorted(place.busy_nodes())
-    if not busy or not place.at_work():
+    found = _busy(place, rng)
+    if found is None:
         return None
-    name, seconds = rng.choice(busy), rng.uniform(6, 12)
+    name, _, members = found
+    seconds = rng.uniform(6, 12)
     answer = place.tell("drain", name, seconds)
     assert answer["accepted"], answer
     place.state = place.tell("add")  # as a cloud's autoscaler would
@@ -198,28 +218,28 @@ def _notice(place: Machine, rng: random.Random) -> Hit | None:
     place.look()
     place.tell("crash", name)
     place.state = place.tell("state")
-    return Hit(f"{name[:8]}, {seconds:.0f} s ahead")
+    return Hit(f"{name[:8]}, {seconds:.0f} s ahead", members)
 
 
 def _cut(place: Machine, rng: random.Random) -> Hit | None:
     """A node stands still until the head gives it up, and then comes back."""
     assert isinstance(place, Cluster)
-    busy = place.busy_nodes()
-    if not busy or not place.at_work():
+    found = _busy(place, rng)
+    if found is None:
         return None
-    name = rng.choice(sorted(busy))
+    name, processes, members = found
     place.look()
-    for process in busy[name]:
+    for process in processes:
         with suppress(Exception):
             process.suspend()
     noticed = place.tell("given_up", name)["noticed"]
-    for process in busy[name]:
+    for process in processes:
         with suppress(Exception):
             process.resume()
     time.sleep(2)
     place.tell("crash", name)
     place.state = place.tell("add")
-    return Hit(f"{name[:8]}, given up after {noticed:.1f} s")
+    return Hit(f"{name[:8]}, given up after {noticed:.1f} s", members)
 
 
 def _head(place: Machine, rng: random.Random) -> Hit | None:

@@ -26,7 +26,7 @@ from tests.chaos.killer import Family, Victim
 from tests.chaos.proxy import Proxy
 
 PIPELINE = ROOT / "tests" / "chaos" / "campaign.yaml"
-CHECKPOINT_EVERY = 20  # in the pipeline
+CHECKPOINT_EVERY, EXPERT_STEPS = 20, 480  # in the pipeline
 STALL_S = 20.0
 _BUCKET = "chaos"
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
+import yaml
 
 from orchestrator.events import Event
 from tests.chaos.campaign import PLACES, Campaign, Round, Strike, charge, make_deck, moved_after
 from tests.chaos.faults import CAUSES, FAULTS, SHARES
-from tests.chaos.places import CHECKPOINT_EVERY
+from tests.chaos.places import CHECKPOINT_EVERY, EXPERT_STEPS, PIPELINE
 from tests.chaos.report import WORDS, table
 
 
@@ -18,7 +19,19 @@ def strike(kind="worker", nodes=("a",), **more):
 
 
 def test_every_kind_has_a_place_a_share_a_cause_and_words():
-    assert set(FAULTS) == set(CAUSES) == set(SHARES) == set(WORDS) == {kind for place in PLACES for kind in place.kinds}
+    assert (
+        set(FAULTS)
+        == set(CAUSES)
+        == set(SHARES)
+        == set(WORDS) - {"artifact"}
+        == {kind for place in PLACES for kind in place.kinds}
+    )
+
+
+def test_the_pipeline_is_what_the_books_think():
+    stages = yaml.safe_load(PIPELINE.read_text())["stages"]
+    assert {stage["config"]["checkpoint_every"] for stage in stages.values()} == {CHECKPOINT_EVERY}
+    assert stages["experts"]["config"]["steps"] == EXPERT_STEPS
 
 
 def test_the_deck():
@@ -29,15 +42,19 @@ def test_the_deck():
     assert len(make_deck(4, random.Random(0), tuple(SHARES))) == 4
 
 
-def test_recovery_is_of_what_was_hit():
+def test_recovery_is_of_what_was_hit_and_of_a_new_process():
     events = [
-        Event(9, "member-progress", "a"),
+        Event(9, "member-started", "a"),
         Event(11, "member-progress", "b"),
+        Event(12, "member-progress", "a"),  # words of the dead
         Event(12, "member-hit", "c"),
-        Event(13, "member-progress", "a"),
+        Event(13, "member-started", "a"),
+        Event(14, "member-progress", "a"),
     ]
-    assert moved_after(events, strike()) == 13
-    assert moved_after(events, strike(nodes=())) == 11
+    assert moved_after(events, strike()) == 14
+    assert moved_after(events, strike("pause")) == 14
+    assert moved_after(events, strike("raylet", nodes=())) == 14
+    assert moved_after(events, strike("store away", nodes=())) == 11
     assert moved_after(events, strike(nodes=("z",))) is None
     ended = [*events, Event(20, "run-finished", "", {"status": "failed"})]
     assert moved_after(ended, strike(nodes=("z",))) is None
@@ -51,6 +68,12 @@ def test_what_was_done_twice_is_charged_to_the_fault_that_interrupted():
     assert charge(journal, [first, second]) == []
     assert (first.repeated, second.repeated) == ({"x": 1, "y": 3}, {})  # both begin again only after the second fault
     assert charge([(1.0, "x", 1), (2.0, "x", 1)], [first]) == ["x did step 1 twice although nothing had happened"]
+
+
+def test_a_damaged_artifact_pays_for_its_member():
+    killed, damaged = strike(), Strike(2, "machine1", "damage", "one bit of an artifact", 12.0, ["b"])
+    assert charge([(11.0, "x", EXPERT_STEPS - 1), (13.0, "x", 0)], [killed, damaged]) == []
+    assert (killed.repeated, damaged.repeated) == ({}, {"x": EXPERT_STEPS})
 
 
 def test_the_table():

@@ -4,12 +4,18 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from moe.errors import EnvironmentProblem
+from orchestrator import admission, cluster_jobs
 from orchestrator import cluster_control as control
+from orchestrator.admission import Admission
+from orchestrator.capacity import Capacity
+from orchestrator.graph import build_graph
+from tests.support.pipelines import pipeline
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,3 +97,63 @@ def test_what_still_runs_is_seen(tmp_path):
         running.kill()
         running.wait()
     assert "gcs_server" in done.stdout.removeprefix("left:").split()
+
+
+class Client:
+    """A dashboard that breaks the connection while a job runs, or never answers."""
+
+    def __init__(self, silent=False):
+        self.silent, self.calls = silent, 0
+
+    async def tail_job_logs(self, job):
+        self.calls += 1
+        yield "one\n"
+        if self.calls == 1:
+            raise ConnectionError("closed")
+        yield "two\n"
+
+    def get_job_status(self, job):
+        if self.silent or self.calls == 2:
+            raise ConnectionError("refused")
+        return SimpleNamespace(value="RUNNING" if self.calls < 3 else "SUCCEEDED")
+
+    def get_job_logs(self, job):
+        return "one\ntwo\nthree\n"
+
+    def get_job_info(self, job):
+        return SimpleNamespace(status=SimpleNamespace(value="SUCCEEDED"), driver_exit_code=0, message="")
+
+
+def following(client, monkeypatch):
+    monkeypatch.setattr(cluster_jobs, "_POLL_S", 0.01)
+    jobs = object.__new__(cluster_jobs.Jobs)
+    jobs.address, jobs._client = "http://head", client
+    return jobs
+
+
+def test_words_come_once_over_broken_connections(monkeypatch):
+    written = []
+    assert following(Client(), monkeypatch).follow("run", written.append).exit_code == 0
+    assert "".join(written) == "one\ntwo\nthree\n"
+
+
+def test_a_head_that_does_not_come_back_is_an_error_that_says_how_to_go_on(monkeypatch):
+    with pytest.raises(EnvironmentProblem, match=r"has not answered for 0\.1 s: refused") as told:
+        following(Client(silent=True), monkeypatch).follow("run", print, patience_s=0.1)
+    assert "same --run" in told.value.hint
+
+
+def test_a_host_that_came_back_is_used_again(monkeypatch):
+    machines = [{"cpus": 1.0}]
+    graph = build_graph(pipeline({"n": {"kind": "numbers", "config": {"count": 2}}}))
+    first, second = graph.nodes
+    room = Admission(graph, lambda: Capacity(tuple(machines)))
+    room.open(graph.nodes)
+    room.new_round()
+    assert room.take(first) and not room.take(second)
+    machines.append({"cpus": 1.0})
+    room.new_round()
+    assert not room.take(second)  # it has been asked for a moment ago
+    monkeypatch.setattr(admission, "LOOK_S", 0.0)
+    room.new_round()
+    assert room.take(second)

@@ -5,7 +5,6 @@ another on one cluster: up, a worker loses power, a worker's cable is pulled, th
 `pytest -m slow -s tests/deploy/test_ray_up_hosts.py` prints what was measured.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -231,17 +230,6 @@ def site():
         shutil.rmtree(base, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def calm(site):
-    """Digests of undisturbed runs in one process on the laptop, of all seeds that the tests use."""
-    seeds = [seed for pair in SEEDS.values() for seed in pair]
-    line = ["submit", "pipeline.yaml", "--on", "inline", "--run", "calm", "--set", f"'seeds={seeds}'"]
-    site.moepipe(*line, timeout=900)
-    run = RunStore(Store.open(site.laptop.home / "own-store")).open("calm")
-    assert run.status == "finished"
-    return run.artifacts()
-
-
 SEEDS = {"power": (1, 2), "cable": (3, 4), "head": (5, 6)}
 
 
@@ -250,12 +238,21 @@ def start(site, name, *words):
     return site.submit(name, "--set", f"'seeds={list(SEEDS[name])}'", *words)
 
 
-def same_digests(site, name, calm):
+def calm(site, name):
+    """Digests of the undisturbed run, in one process on the laptop."""
+    line = ["submit", "pipeline.yaml", "--on", "inline", "--run", name, "--set", f"'seeds={list(SEEDS[name])}'"]
+    site.moepipe(*line, timeout=900)
+    run = RunStore(Store.open(site.laptop.home / "own-store")).open(name)
+    assert run.status == "finished"
+    return run.artifacts()
+
+
+def same_digests(site, name):
     """The run has finished, every member once, with the bytes of the undisturbed run."""
     run = site.run(name)
     assert run.status == "finished"
     found = run.artifacts()
-    assert len(found) >= 17 and found == {node: calm[node] for node in found}
+    assert len(found) == 1 + 9 * len(SEEDS[name]) and found == calm(site, name)
     done = site.finished(name)
     assert len(done) == len(set(done)), "a member was counted twice"
     scratch = site.store / "scratch"
@@ -275,6 +272,12 @@ def failures(site, name, since):
         for event in site.events(name)
         if event.kind == "member-failed" and event.time > since
     ]
+
+
+def working(host):
+    """Ray's processes that do work or hold it. Its log monitor and two agents may outlive a raylet; they end when Ray
+    starts there again, or with `moepipe cluster down`."""
+    return [line for line in host.rays() if not any(name in line for name in ("log_monitor", "Agent"))]
 
 
 def all_back(site, seconds=300):
@@ -297,7 +300,7 @@ def test_up(site):
         assert {path.name for path in (host.home / "moepipe").iterdir()} >= {"dist", "env.sh", "venv"}
     # Nobody without the token, from a host of the same network.
     stranger = "RAY_AUTH_MODE=token RAY_AUTH_TOKEN=" + "b" * 64
-    script = f"{stranger} RAY_ADDRESS={HEAD}:6379 ~/moepipe/venv/bin/ray status"
+    script = f"{stranger} RAY_ADDRESS={HEAD}:6379 timeout 60 ~/moepipe/venv/bin/ray status"
     refused = site.workers[0].run(script, check=False)
     assert refused.returncode != 0 and "ctive" not in refused.stdout, refused.stdout
     # The dashboard listens on the head's loopback alone.
@@ -313,7 +316,7 @@ def test_every_host_is_fit(site):
         assert node["resources"]["CPU"] == 1.0
 
 
-def test_a_worker_loses_power(site, calm):
+def test_a_worker_loses_power(site):
     """All its processes at once and its link, in the middle of a member; it stays off until the run is finished."""
     follower = start(site, "power")
     name, node, step = site.victim("power", {host.name for host in site.workers})
@@ -322,7 +325,7 @@ def test_a_worker_loses_power(site, calm):
     assert follower.wait(timeout=600) == 0, site.said("power")
     said = [failure for failure in failures(site, "power", lost) if failure[1] == node]
     assert said and said[0][2] == "infrastructure"
-    same_digests(site, "power", calm)
+    same_digests(site, "power")
     at = resumed_at(site, "power", node)
     assert step - 20 <= at  # at most one checkpoint interval besides what came after the last look
     site.note(
@@ -335,29 +338,33 @@ def test_a_worker_loses_power(site, calm):
     site.note(power_back_s=all_back(site))
 
 
-def test_a_cable_is_pulled_and_plugged_in_again(site, calm):
+def test_a_cable_is_pulled_and_plugged_in_again(site):
     follower = start(site, "cable")
     name, node, step = site.victim("cable", {host.name for host in site.workers})
     host = site.hosts.all[name]
-    refused = site.moepipe("cluster", "down", YAML, code=7)
-    assert "cable" in refused.stderr and "--force" in refused.stderr
     cut = time.time()
     host.cut()
     noticed = wait_for(lambda: failures(site, "cable", cut), 180)[0][0]
-    alone = wait_for(lambda: not host.rays() and round(time.time() - cut, 1), 240)
+    alone = wait_for(lambda: not working(host) and round(time.time() - cut, 1), 400)
     host.heal()
     assert follower.wait(timeout=600) == 0, site.said("cable")
-    same_digests(site, "cable", calm)
+    same_digests(site, "cable")
     site.note(
         cable={"noticed_s": noticed, "orphans_gone_s": alone, "at_step": step, "failures": failures(site, "cable", cut)}
     )
-    with contextlib.suppress(AssertionError):
-        site.note(cable_resumed_at=resumed_at(site, "cable", node))
+    text = site.run("cable").log_path(node).read_text()
+    # The cut host still sees the folder: either it finished its member and the successor took that, or it was ended.
+    site.note(cable_resumed_at=resumed_at(site, "cable", node), cable_trained=text.count("training tiny_cnn"))
     site.note(cable_back_s=all_back(site))
+    lines = host.rays()
+    assert [sum(name in line for line in lines) for name in ("raylet/raylet", "log_monitor")] == [1, 1], lines
 
 
-def test_the_head_loses_power_and_the_name_is_submitted_again(site, calm):
+def test_the_head_loses_power_and_the_name_is_submitted_again(site):
     follower = start(site, "head")
+    wait_for(lambda: site.running("head"), 240)
+    refused = site.moepipe("cluster", "down", YAML, code=7)
+    assert "head" in refused.stderr and "--force" in refused.stderr
     _, node, step = site.victim("head", {host.name for host in (site.head, *site.workers)})
     before = set(site.finished("head"))
     lost = time.time()
@@ -365,13 +372,13 @@ def test_the_head_loses_power_and_the_name_is_submitted_again(site, calm):
     assert follower.wait(timeout=300) == 5, site.said("head")
     assert "submit the same pipeline with the same --run" in site.said("head")
     site.note(head_told_s=round(time.time() - lost, 1))
-    gone = wait_for(lambda: not any(host.rays() for host in site.workers) and round(time.time() - lost, 1), 240)
+    gone = wait_for(lambda: not any(working(host) for host in site.workers) and round(time.time() - lost, 1), 400)
     site.head.boot()
     up = time.time()
     site.moepipe("cluster", "up", YAML)
     site.note(head={"orphans_gone_s": gone, "up_again_s": round(time.time() - up, 1)})
     assert start(site, "head").wait(timeout=600) == 0, site.said("head")
-    same_digests(site, "head", calm)
+    same_digests(site, "head")
     again = [event.node for event in site.events("head") if event.kind == "member-finished"]
     assert not before - set(again) and len(again) == len(set(again))
     kinds = [event.kind for event in site.events("head")]

@@ -123,6 +123,7 @@ class Host:
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=(self.folder / "boot.log").open("w"),
             text=True,
             env={"PATH": _PATH, "NAME": self.name, "ADDRESS": self.address},
         )
@@ -133,7 +134,9 @@ class Host:
         self.hosts.ip(f"link set {self._cable} master br0 up")
         outer.stdin.write("go\n")
         outer.stdin.flush()
-        assert outer.stdout.readline() == "ready\n", f"{self.name} does not boot"
+        assert outer.stdout.readline() == "ready\n", (
+            f"{self.name} does not boot: {(self.folder / 'boot.log').read_text()}"
+        )
 
     def kill(self) -> None:
         """Power off: the cable is dead and every process gone at once, nobody says goodbye."""
