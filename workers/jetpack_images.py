@@ -7,19 +7,16 @@ image with pixel noise. The operations are timm's. A batch is a function of its 
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from moe.errors import SpecError
 from workers.batches import ImageReader
 from workers.datasets.base import DomainData, IntArray
+from workers.timm_draws import timm_draws
 from workers.transforms import IMAGENET_MEAN, Transform, TransformSpec
 
 Augmentation = Literal["none", "crop", "rand"]
@@ -68,7 +65,8 @@ class TrainingImages:
         """
         if not self._steps:
             return self._reader.read(rows)
-        with _seeded(seed):
+        with timm_draws() as seeded:
+            seeded(seed)
             pictures = np.stack([self._one(np.asarray(self._images[int(row)])) for row in rows])
             images = self._normalise.batch(pictures)
             return images if self._erase is None else self._erase(images)  # type: ignore[no-any-return]
@@ -89,18 +87,3 @@ class TrainingImages:
         for step in self._steps:
             picture = step(picture)
         return np.asarray(picture, np.uint8)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """All three generators that timm's operations draw from, set for a block and put back after it."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

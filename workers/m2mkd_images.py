@@ -11,9 +11,7 @@ back, so that a resumed run continues bit-equal.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,6 +28,7 @@ from workers.engines.base import Weighted
 from workers.few_shot import repeated_indices, selected_rows
 from workers.loop import mix as mix_seed
 from workers.sampling import EpochSampler
+from workers.timm_draws import timm_draws
 from workers.transforms import IMAGENET_MEAN, IMAGENET_STD, Transform, transform_for
 
 
@@ -104,9 +103,12 @@ class TrainImages:
         if self._augmented is None:
             return self.reader.read(rows)
         seeds = [mix_seed(self.seed, 2, step, int(p)) for p in (range(len(rows)) if places is None else places)]
-        with _own_draws():
-            pairs = zip(rows, seeds, strict=True)
-            return torch.stack([self._augmented(np.asarray(self.data.images[int(r)]), s) for r, s in pairs])
+        pixels = []
+        with timm_draws() as seeded:
+            for row, seed in zip(rows, seeds, strict=True):
+                seeded(seed)
+                pixels.append(self._augmented(np.asarray(self.data.images[int(row)])))
+        return torch.stack(pixels)
 
     def targets(self, rows: IntArray) -> Tensor:
         """Classes ``[B]`` of ``rows``, smoothed to ``[B, K]`` where the recipe smooths labels."""
@@ -179,7 +181,7 @@ def served_transform(data: DomainData, side: int, augment: Augmentation) -> dict
     return spec.model_copy(update={"channels": spec.channels or data.info.channels}).model_dump(mode="json")
 
 
-def _deit(data: DomainData, side: int, augment: Augmentation) -> Callable[[Any, int], Tensor]:
+def _deit(data: DomainData, side: int, augment: Augmentation) -> Callable[[Any], Tensor]:
     from timm.data import create_transform
 
     kinds = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))}
@@ -204,23 +206,8 @@ def _deit(data: DomainData, side: int, augment: Augmentation) -> Callable[[Any, 
         std=std,
     )
 
-    def augmented(image: Any, seed: int) -> Tensor:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+    def augmented(image: Any) -> Tensor:
         pixels: Tensor = transform(Pillow.fromarray(image))
         return pixels
 
     return augmented
-
-
-@contextmanager
-def _own_draws() -> Iterator[None]:
-    """Global generators as they were before, afterwards."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
