@@ -66,8 +66,8 @@ def look_here(store: str, data_root: str, tracking: str, probe: str) -> dict[str
     seen, problem = None, ""
     try:
         place = Store.open(store)
-        seen = place.blobs.read(f"doctor/{probe}/head")
-        place.blobs.write(f"doctor/{probe}/{socket.gethostname()}-{secrets.token_hex(2)}", b"x")
+        seen = place.blobs.read(f"scratch/doctor-{probe}/head")
+        place.blobs.write(f"scratch/doctor-{probe}/{socket.gethostname()}-{secrets.token_hex(2)}", b"x")
     except (MoepipeError, OSError) as error:
         problem = str(error)
     return {
@@ -106,7 +106,7 @@ def examine_cluster(address: str, store: str, data_root: str, tracking: str) -> 
     from orchestrator.store import Store
 
     probe, place = secrets.token_hex(4), Store.open(store)
-    place.blobs.write(f"doctor/{probe}/head", b"x")
+    place.blobs.write(f"scratch/doctor-{probe}/head", b"x")
     ask: Any = ray.remote(num_cpus=0, max_retries=0)(look_here)
     try:
         asked, nodes = [], [node for node in ray.nodes() if node["Alive"]]
@@ -124,7 +124,7 @@ def examine_cluster(address: str, store: str, data_root: str, tracking: str) -> 
         return reports
     finally:
         with suppress(MoepipeError):
-            place.blobs.remove(f"doctor/{probe}")
+            place.blobs.remove(f"scratch/doctor-{probe}")
 
 
 def _report(node: Mapping[str, Any], answer: Mapping[str, Any] | None, said: str) -> NodeReport:
