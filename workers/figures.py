@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe.errors import DataError
-from workers.evaluation_result import EvaluationResult
+from workers.evaluation_result import EvaluationResult, order_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,6 +110,36 @@ def domain_bars(results: Sequence[EvaluationResult], before: str, after: str) ->
     )
     handles, names = axes.get_legend_handles_labels()
     axes.legend(handles, names, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, frameon=False, borderpad=0.1)
+    return png(figure)
+
+
+@styled
+def method_bars(results: Sequence[EvaluationResult]) -> bytes:
+    """Horizontal bars per method: the selection metric, mean over the seeds, with a dot for every seed.
+
+    A model as it is has a dark bar, the same model with an adaptation a light one below it.
+
+    Raises:
+        DataError: no results.
+    """
+    if not results:
+        raise DataError("There are no results to draw.", "Evaluate at least one seed.")
+    metric, rows = results[0].metric, order_of(results)
+    found = {name: [m for r in results for m in r.methods if m.name == name] for name, _ in rows}
+    scale, unit = _scale(results[0], metric)
+    figure, axes = new_figure(7.6, 1.1 + 0.24 * len(rows))
+    for place, (name, _) in enumerate(rows):
+        values = np.array([method.scores[metric] for method in found[name]]) * scale
+        adapted = any(method.reference for method in found[name])
+        axes.barh(place, values.mean(), height=0.72, color=PALETTE[4] if adapted else PALETTE[0])
+        axes.scatter(values, np.full(len(values), place), s=9, color="#222222", zorder=3, linewidths=0)
+    axes.set_yticks(range(len(rows)), [label for _, label in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    if results[0].task != "regression":
+        axes.set_xlim(0, 100)
+    axes.set_xlabel(unit)
+    axes.grid(axis="y", visible=False)
+    axes.set_title("Every method; a dot is a seed")
     return png(figure)
 
 

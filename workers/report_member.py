@@ -9,7 +9,7 @@ from typing import Any
 from workers.context import Context
 from workers.distill_job import RESULT_FILE
 from workers.evaluation_result import EvaluationResult
-from workers.figures import adaptation_curve, attention_map, domain_bars, training_curves
+from workers.figures import adaptation_curve, attention_map, domain_bars, method_bars, training_curves
 from workers.report_page import Figure, ReportPage, render
 from workers.results_table import combine
 
@@ -69,13 +69,19 @@ def _figures(
 ) -> dict[str, Figure]:
     """The figures that these results allow, by file name."""
     first, found = results[0], {}
-    names = {method.name for method in first.methods}
+    if len({result.methods[0].name for result in results}) > 1:
+        found["methods"] = Figure(
+            "All methods",
+            "Dark: a model as it is. Light: the same model after an adaptation to the unseen domain.",
+            method_bars(results),
+        )
     before, after = config["before"], config["after"]
-    if {before, after} <= names:
+    both = [result for result in results if {before, after} <= {method.name for method in result.methods}]
+    if both:
         found["domains"] = Figure(
             "Unseen domains, before and after adaptation",
             "One pair of bars for each unseen domain; whiskers show the spread over seeds.",
-            domain_bars(results, before, after),
+            domain_bars(both, before, after),
         )
     if first.attention is not None:
         found["attention"] = Figure(

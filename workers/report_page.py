@@ -77,6 +77,7 @@ def render(page: ReportPage) -> str:
         header=header,
         body=[(row.name, line) for row, line in zip(page.table.rows, body, strict=True)],
         seeds=[_seed(result) for result in page.results],
+        several=len({result.methods[0].name for result in page.results}) > 1,
         domains=_domains(page.results),
         streams=_streams(page.results),
         settings=[(name.replace("_", " "), _text(value)) for name, value in page.settings.items()],
@@ -116,7 +117,8 @@ def _seed(result: EvaluationResult) -> dict[str, Any]:
                 "gain": "–" if gain is None else _bounds(gain, percent, signed=True),
             }
         )
-    return {"seed": result.seed, "metric": result.metric.replace("_", " "), "rows": rows}
+    metric = result.metric.replace("_", " ")
+    return {"seed": result.seed, "network": result.methods[0].label, "metric": metric, "rows": rows}
 
 
 def _domains(results: Sequence[EvaluationResult]) -> dict[str, Any]:

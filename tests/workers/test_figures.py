@@ -81,6 +81,7 @@ def size(png):
 
 DRAWINGS = {
     "bars": lambda: figures.domain_bars(RESULTS, "student", "student_distill"),
+    "methods": lambda: figures.method_bars(RESULTS),
     "attention": lambda: figures.attention_map(RESULTS[:1]),
     "curve": lambda: figures.adaptation_curve(RESULTS),
     "training": lambda: figures.training_curves(
@@ -125,6 +126,8 @@ def test_figures_refuse_what_they_cannot_draw():
         figures.domain_bars([result(), result(domains=["other"])], "student", "student_distill")
     with pytest.raises(NotFoundError, match="student_tent"):
         figures.domain_bars([result()], "student", "student_tent")
+    with pytest.raises(DataError):
+        figures.method_bars([])
     with pytest.raises(DataError):
         figures.attention_map([replace(result(), attention=None)])
     with pytest.raises(DataError):
@@ -210,6 +213,14 @@ def test_page_is_one_file_without_scripts_or_links():
     for text in ("+2.5", "experts 200", "moepipe submit demo.yaml", "mixed domains", "Seed 2", "prefers-color-scheme"):
         assert text in html
     assert html.count("data:image/png;base64,") == 1
+
+
+def test_rows_of_several_networks_say_whose_they_are():
+    other = [replace(r, methods=[replace(r.methods[0], name="gmoe", label="GMoE")]) for r in RESULTS]
+    html = render(page(results=[*RESULTS, *other]))
+    assert "ERM, seed 2: scores" in html and "GMoE, seed 0: scores" in html and "Seed 2" not in html
+    taller = size(figures.method_bars([*RESULTS, *other]))[1]
+    assert taller > size(DRAWINGS["methods"]())[1]
 
 
 def test_page_without_optional_parts():
