@@ -6,6 +6,8 @@ import asyncio
 import io
 import json
 import threading
+import time
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -67,6 +69,15 @@ def script():
         item.server.server_close()
 
 
+@pytest.fixture
+def waited(monkeypatch):
+    """The seconds the client would wait. Only its own clock is replaced: other threads go on to sleep."""
+    waits = []
+    clock = types.SimpleNamespace(sleep=waits.append, monotonic=time.monotonic)
+    monkeypatch.setattr("serve.client.time", clock)
+    return waits
+
+
 def ok(body):
     return (200, {}, body)
 
@@ -75,17 +86,14 @@ def refused(status, code="x", **headers):
     return (status, headers, {"error": {"code": code, "message": "It does not fit.", "fix": "Make it fit."}})
 
 
-def test_overload_is_tried_again_after_the_time_that_the_server_names(script, monkeypatch):
-    waited = []
-    monkeypatch.setattr("serve.client.time.sleep", waited.append)
+def test_overload_is_tried_again_after_the_time_that_the_server_names(script, waited):
     server = script(refused(429, **{"Retry-After": "7"}), refused(503), ok({"states": [{"name": "a"}]}))
     with Client(server.url) as client:
         assert client.states() == [{"name": "a"}]
-    assert waited[0] == 7 and waited[1] > 0 and len(server.asked) == 3
+    assert waited[0] == 7 and waited[1] > 0 and len(waited) == 2 and len(server.asked) == 3
 
 
-def test_it_gives_up_after_the_last_retry(script, monkeypatch):
-    monkeypatch.setattr("serve.client.time.sleep", lambda _: None)
+def test_it_gives_up_after_the_last_retry(script, waited):
     server = script(refused(429, "overloaded"))
     with Client(server.url, retries=2) as client, pytest.raises(BusyError, match=r"It does not fit.*429, overloaded"):
         client.model()
@@ -113,8 +121,7 @@ def test_foreign_error_bodies_do_not_hurt(script, body):
         client.model()
 
 
-def test_a_broken_connection_is_repeated_only_where_it_does_no_harm(script, monkeypatch):
-    monkeypatch.setattr("serve.client.time.sleep", lambda _: None)
+def test_a_broken_connection_is_repeated_only_where_it_does_no_harm(script, waited):
     server = script((0, {}, b""), ok({"name": "m"}))
     with Client(server.url) as client:
         assert client.model() == {"name": "m"}
@@ -124,8 +131,7 @@ def test_a_broken_connection_is_repeated_only_where_it_does_no_harm(script, monk
     assert len(server.asked) == 1
 
 
-def test_an_adaptation_keeps_its_key_when_it_is_repeated(script, monkeypatch):
-    monkeypatch.setattr("serve.client.time.sleep", lambda _: None)
+def test_an_adaptation_keeps_its_key_when_it_is_repeated(script, waited):
     server = script((0, {}, b""), refused(503), ok({"kept": True}))
     with Client(server.url, token="s" * 20) as client:
         assert client.adapt("desert", [PICTURE, PICTURE], method="bn", step_cap=3, options={"prior": 2.0})["kept"]
@@ -167,8 +173,7 @@ def test_infer_reads_the_binary_extension(script):
     assert np.array_equal(np.frombuffer(body[size:], "<f4").reshape(2, 1, 3, 3), images)
 
 
-def test_progress_follows_the_job_to_its_end(script, monkeypatch):
-    monkeypatch.setattr("serve.client.time.sleep", lambda _: None)
+def test_progress_follows_the_job_to_its_end(script, waited):
     job = {"id": "j1", "total": 4}
     server = script(
         (202, {}, {**job, "status": "queued", "done": 0}),
@@ -199,8 +204,7 @@ def test_neither_or_both_sources_are_refused(script):
             client.adapt("desert", [PICTURE], uri="dataset:digits5/test")
 
 
-def test_nobody_there_is_said_with_the_address(monkeypatch):
-    monkeypatch.setattr("serve.client.time.sleep", lambda _: None)
+def test_nobody_there_is_said_with_the_address(waited):
     with Client("http://127.0.0.1:1", retries=1) as client:
         assert not client.ready()
         with pytest.raises(EnvironmentProblem, match=r"127\.0\.0\.1:1"):
