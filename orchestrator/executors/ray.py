@@ -16,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGTERM, getsignal
-from signal import signal as set_handler
 from typing import Any
 
 from moe.errors import EnvironmentProblem, InfeasibleError, RunFailed
@@ -27,18 +25,16 @@ from orchestrator.capacity import Amounts, Capacity, machine_capacity, rank_dema
 from orchestrator.cluster_growth import may_come
 from orchestrator.executors.base import Deliver, Signal, Task
 from orchestrator.executors.pool import Pool, Runner
-from orchestrator.executors.ray_env import prepare_environment, remove_dead_sessions
+from orchestrator.executors.ray_connection import Connection, amounts_of, connected
 from orchestrator.executors.ray_life import LOOK_S, Lives, draining_nodes
 from orchestrator.executors.ray_life import VARIABLE as STALL_VARIABLE
 from orchestrator.spec import Resources
 
-OBJECT_STORE_BYTES = 256 * 2**20
 PENDING_S = 300.0
 STUCK_S = 20.0  # longer than an actor takes to start
 PENDING_GROWING_S = 1800.0  # a cloud takes minutes for a node, and longer when it has none
 IDLE_GANG_S = 120.0
 _PRESTARTED = 4
-_HIDDEN = ("node:", "object_store_memory", "accelerator_type:")
 
 
 @dataclass
@@ -72,15 +68,12 @@ class RayExecutor:
         preload: tuple[str, ...] = ("torch", "torch._dynamo", "pandas"),
         restarts: int = 5,
     ) -> None:
-        self._address = address
+        self._ray = Connection(address, num_cpus)
         self._num_cpus = num_cpus
         self._preload = preload
         self._restarts = restarts
-        self._owned = False
         self._started = False
         self._pending_s = PENDING_S
-        self._cores = 0
-        self._processes: list[Any] = []
         self._sink: Any = None
         self._pool = Pool(self._end_actor)
         self._jobs: dict[str, _Job] = {}
@@ -96,7 +89,7 @@ class RayExecutor:
 
     def capacity(self) -> Capacity | None:
         """Of the cluster; of this machine while the embedded Ray has not been started."""
-        if not self._started and self._address is None and not _connected():
+        if not self._started and self._ray.address is None and not connected():
             return machine_capacity(self._num_cpus)
         self.connect()
         import ray
@@ -105,12 +98,12 @@ class RayExecutor:
         nodes = ray.nodes()
         for node in nodes:
             if node["Alive"] and node["NodeID"] not in self._leaving:
-                machines.append(_amounts(node["Resources"]))
-        if self._address is not None:
+                machines.append(amounts_of(node["Resources"]))
+        if self._ray.address is not None:
             # What is asked for there waits in Ray's queue, and that is what the autoscaler looks at.
             coming = may_come(nodes)
             self._pending_s = PENDING_S if not coming else PENDING_GROWING_S
-            machines += [_amounts(resources) for resources in coming]
+            machines += [amounts_of(resources) for resources in coming]
         return Capacity(tuple(machines))
 
     def slots(self) -> int | None:
@@ -125,68 +118,22 @@ class RayExecutor:
         """
         if self._started:
             return
-        folder = prepare_environment()
-        import ray
-
-        if not ray.is_initialized():
-            asked = getsignal(SIGTERM)
-            try:
-                if self._address is None:
-                    remove_dead_sessions(folder)
-                    self._start_embedded(folder)
-                else:
-                    ray.init(address=self._address, log_to_driver=False, logging_level="ERROR")
-                    self._owned = True
-            except Exception as error:  # Ray raises a bare Exception when a process of its own dies while it starts
-                what = "An embedded Ray could not be started" if self._address is None else f"No Ray at {self._address}"
-                said = (str(error).splitlines() or [type(error).__name__])[0]
-                raise EnvironmentProblem(
-                    f"{what}: {said}.", "Try `moepipe resume`; `moepipe doctor` checks it."
-                ) from None
-            # Ray puts a handler of its own there, which ends the driver at once; ours lets members reach a checkpoint.
-            if callable(asked) and threading.current_thread() is threading.main_thread():
-                set_handler(SIGTERM, asked)
+        self._ray.open()
         from orchestrator.executors.ray_actors import RemoteSink
 
         self._sink = RemoteSink.remote()  # type: ignore[attr-defined]
         self._started = True
-        if self._processes and self._preload:
-            for _ in range(min(_PRESTARTED, self._cores)):
+        if self._ray.embedded and self._preload:
+            for _ in range(min(_PRESTARTED, self._ray.cores)):
                 self._pool.give(Runner(self._new_actor({}), {}))
-
-    def _start_embedded(self, folder: Path) -> None:
-        import ray
-
-        capacity = machine_capacity(self._num_cpus).machines[0]
-        self._cores = int(capacity["cpus"]) or 1
-        ray.init(
-            address="local",
-            num_cpus=self._cores,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            object_store_memory=OBJECT_STORE_BYTES,
-            _memory=int(capacity["memory_gb"] * 1e9),
-            _temp_dir=str(folder),
-        )
-        self._owned = True
-        node = ray._private.worker._global_node
-        for kind in ("raylet", "gcs_server"):
-            self._processes += [info.process for info in node.all_processes.get(kind, [])]
-
-    def _dead(self) -> bool:
-        """Whether the embedded Ray's own processes are gone. Ray itself notices only after some 15 s."""
-        return any(process.poll() is not None for process in self._processes)
 
     def _recover(self, deliver: Deliver) -> None:
         """Report what was running as lost, and forget the dead Ray; the next task starts a new one."""
-        import ray
-
         jobs, self._jobs, self._sink = list(self._jobs.values()), {}, None
         self._pool.clear(end=False)
         self._lives, self._hosts = Lives(), {}
-        self._processes, self._started = [], False
-        ray.shutdown()
+        self._started = False
+        self._ray.forget()
         if self._restarts == 0:
             raise EnvironmentProblem(
                 "The embedded Ray died again and again.",
@@ -227,7 +174,7 @@ class RayExecutor:
         """
         runners = [*self._pool.idle, *(job.runner for job in self._jobs.values())]
         leads = any(job.task.leads for job in self._jobs.values())  # its trials need what the ranks would hold
-        if not self._processes or resources.workers == 1 or leads or any(runner.gang for runner in runners):
+        if not self._ray.embedded or resources.workers == 1 or leads or any(runner.gang for runner in runners):
             return
         import ray
 
@@ -239,14 +186,14 @@ class RayExecutor:
 
     def _held(self, demand: Amounts) -> Amounts:
         """What an actor takes from Ray for a demand."""
-        counted_here = ("cpus", "memory_gb") if self._processes else ()
+        counted_here = ("cpus", "memory_gb") if self._ray.embedded else ()
         return {name: amount for name, amount in demand.items() if name not in counted_here}
 
     def _new_actor(self, holds: Mapping[str, float], preload: Sequence[str] | None = None) -> Any:
         """An actor that holds ``holds`` and first imports ``preload`` (None: the executor's own)."""
         from orchestrator.executors.ray_actors import RemoteRunner
 
-        paths = [os.path.abspath(path or os.curdir) for path in sys.path] if self._address is None else []
+        paths = [os.path.abspath(path or os.curdir) for path in sys.path] if self._ray.address is None else []
         options: dict[str, Any] = {
             "num_cpus": holds.get("cpus", 0),
             "num_gpus": holds.get("gpus", 0),
@@ -284,7 +231,7 @@ class RayExecutor:
 
     def poll(self, timeout: float, deliver: Deliver) -> None:
         """See :class:`orchestrator.executors.base.Executor`."""
-        if self._processes and self._dead():
+        if self._ray.dead():
             self._recover(deliver)
             return
         if not self._jobs:
@@ -297,7 +244,7 @@ class RayExecutor:
         ready, _ = ray.wait(list(refs), num_returns=1, timeout=timeout)
         if ready and len(refs) > 1:
             ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0)
-        if self._processes and self._dead():
+        if self._ray.dead():
             self._recover(deliver)
             return
         self._drain(deliver)
@@ -355,7 +302,7 @@ class RayExecutor:
     def _watch_drains(self) -> None:
         """Members on nodes that were told to go are asked to stop at their next checkpoint; idle actors there end."""
         now = time.monotonic()
-        if self._address is None or now - self._looked < LOOK_S:
+        if self._ray.address is None or now - self._looked < LOOK_S:
             return
         self._looked = now
         self._leaving = draining_nodes()
@@ -432,29 +379,9 @@ class RayExecutor:
         self._pool.clear()
         with suppress(ray.exceptions.RayError):
             ray.kill(self._sink)
-        self._jobs, self._started, self._processes = {}, False, []
-        if self._owned:
-            ray.shutdown()
-            self._owned = False
-
-
-def _connected() -> bool:
-    """Whether this process has joined a Ray; without importing it."""
-    ray: Any = sys.modules.get("ray")
-    return ray is not None and bool(ray.is_initialized())
+        self._jobs, self._started = {}, False
+        self._ray.close()
 
 
 def _flag(task: Task) -> Path:
     return Path(task.cache) / "scratch" / f"{task.key.digest}.stop"
-
-
-def _amounts(resources: Mapping[str, float]) -> Amounts:
-    """Ray's names -> ours."""
-    names = {"CPU": "cpus", "GPU": "gpus"}
-    amounts: Amounts = {"cpus": 0.0, "gpus": 0.0}
-    for name, amount in resources.items():
-        if name == "memory":
-            amounts["memory_gb"] = amount / 1e9
-        elif not name.startswith(_HIDDEN):
-            amounts[names.get(name, name)] = float(amount)
-    return amounts

@@ -180,36 +180,32 @@ def _network(how: str) -> Fault:
     return fault
 
 
-def _busy(place: Cluster, rng: random.Random) -> tuple[str, list[psutil.Process], set[str]] | None:
-    """A node on which members run, its processes, and these members."""
-    busy, work = place.busy_nodes(), place.at_work()
-    if not busy or not work:
-        return None
-    name = rng.choice(sorted(busy))
-    here = {process.pid for process in busy[name]}
-    members = {node for node, pid in work.items() if pid in here}
-    # A gang may have its runner elsewhere.
-    return name, busy[name], members or {node for node in work if node.startswith("distill")}
+def _at_node(act: Callable[[Cluster, random.Random, str, list[psutil.Process]], str]) -> Fault:
+    """What ``act`` does to a node on which members run, given its name and processes; it says how that went."""
+
+    def fault(place: Machine, rng: random.Random) -> Hit | None:
+        assert isinstance(place, Cluster)
+        busy, work = place.busy_nodes(), place.at_work()
+        if not busy or not work:
+            return None
+        name = rng.choice(sorted(busy))
+        here = {process.pid for process in busy[name]}
+        members = {node for node, pid in work.items() if pid in here}
+        # A gang may have its runner elsewhere.
+        members = members or {node for node in work if node.startswith("distill")}
+        return Hit(f"{name[:8]}, {act(place, rng, name, busy[name])}", members)
+
+    return fault
 
 
-def _node(place: Machine, rng: random.Random) -> Hit | None:
-    assert isinstance(place, Cluster)
-    found = _busy(place, rng)
-    if found is None:
-        return None
-    name, _, members = found
+def _crash(place: Cluster, rng: random.Random, name: str, processes: list[psutil.Process]) -> str:
     place.look()
     noticed = place.tell("crash", name)["noticed"]
     place.state = place.tell("add")
-    return Hit(f"{name[:8]}, noticed after {noticed:.1f} s", members)
+    return f"noticed after {noticed:.1f} s"
 
 
-def _notice(place: Machine, rng: random.Random) -> Hit | None:
-    assert isinstance(place, Cluster)
-    found = _busy(place, rng)
-    if found is None:
-        return None
-    name, _, members = found
+def _notice(place: Cluster, rng: random.Random, name: str, processes: list[psutil.Process]) -> str:
     seconds = rng.uniform(6, 12)
     answer = place.tell("drain", name, seconds)
     assert answer["accepted"], answer
@@ -218,16 +214,11 @@ def _notice(place: Machine, rng: random.Random) -> Hit | None:
     place.look()
     place.tell("crash", name)
     place.state = place.tell("state")
-    return Hit(f"{name[:8]}, {seconds:.0f} s ahead", members)
+    return f"{seconds:.0f} s ahead"
 
 
-def _cut(place: Machine, rng: random.Random) -> Hit | None:
-    """A node stands still until the head gives it up, and then comes back."""
-    assert isinstance(place, Cluster)
-    found = _busy(place, rng)
-    if found is None:
-        return None
-    name, processes, members = found
+def _cut(place: Cluster, rng: random.Random, name: str, processes: list[psutil.Process]) -> str:
+    """The node stands still until the head gives it up, and then comes back."""
     place.look()
     for process in processes:
         with suppress(Exception):
@@ -239,7 +230,7 @@ def _cut(place: Machine, rng: random.Random) -> Hit | None:
     time.sleep(2)
     place.tell("crash", name)
     place.state = place.tell("add")
-    return Hit(f"{name[:8]}, given up after {noticed:.1f} s", members)
+    return f"given up after {noticed:.1f} s"
 
 
 def _head(place: Machine, rng: random.Random) -> Hit | None:
@@ -265,9 +256,9 @@ FAULTS: dict[str, Fault] = {
     "disk full": _full,
     "store away": _network("refuse"),
     "store silent": _network("stall"),
-    "node": _node,
-    "spot notice": _notice,
-    "cut": _cut,
+    "node": _at_node(_crash),
+    "spot notice": _at_node(_notice),
+    "cut": _at_node(_cut),
     "head": _head,
 }
 CAUSES: dict[str, set[str]] = {

@@ -13,7 +13,7 @@ from moe.errors import EnvironmentProblem, NotFoundError, SpecError
 from orchestrator import cluster_doctor, cluster_growth, cluster_runs, cluster_tunnel
 from orchestrator.capacity import Capacity, misfit
 from orchestrator.doctor import Check
-from orchestrator.executors.ray import _amounts
+from orchestrator.executors.ray_connection import amounts_of
 from orchestrator.graph import build_graph
 from orchestrator.runs import RunStore
 from orchestrator.spec import Resources
@@ -82,7 +82,7 @@ class TestGrowth:
         head = {"cpus": 4.0, "gpus": 0.0}
         wanted = Resources(cpus=2, gpus=1)
         assert "asks for" in misfit("train", wanted, Capacity((head,)))
-        coming = [_amounts(resources) for resources in cluster_growth.may_come([])]
+        coming = [amounts_of(resources) for resources in cluster_growth.may_come([])]
         assert misfit("train", wanted, Capacity((head, *coming))) == ""
 
     def test_on_the_head_of_ray_up_its_configuration_says_it(self, monkeypatch, tmp_path):

@@ -30,7 +30,7 @@ killed = []
 def murder(event):
     if victim >= 0 and event.kind == "member-progress" and event.data["done"] >= 12 and not killed:
         killed.append(1)
-        executor._processes[victim].kill()
+        executor._ray.processes[victim].kill()
 store = Store.open(folder)
 run = RunStore(store).create(pipeline(stages))
 print(run.id, flush=True)

@@ -21,34 +21,26 @@ stages:
   s:
     kind: search
     config:
+      selection: training_domains
+      concurrency: 2
+      %s
+  end: {kind: gather, inputs: {numbers: "${stages.s}"}}
+"""
+TPE = """
       stage: {kind: score, config: {steps: 40, step_s: 0.05}}
       space: {x: {uniform: [0, 1]}}
       metric: scores.score
-      selection: training_domains
       algorithm: tpe
       trials: 8
       startup: 4
       batch: 2
-      concurrency: 2
-  end: {kind: gather, inputs: {numbers: "${stages.s}"}}
 """
-
 POPULATION = """
-apiVersion: moepipe/v1
-name: search
-tracking: {enabled: false}
-stages:
-  s:
-    kind: search
-    config:
       stage: {kind: grow, config: {steps: 60, step_s: 0.03}}
       space: {rate: {loguniform: [0.001, 2]}}
       metric: scores.near
-      selection: training_domains
       algorithm: population
       population: {size: 4, interval: 20}
-      concurrency: 2
-  end: {kind: gather, inputs: {numbers: "${stages.s}"}}
 """
 
 
@@ -72,10 +64,10 @@ def studies(folder: Path) -> set[str]:
     return {path.parent.name for path in (folder / "store/artifacts").glob("*/search")}
 
 
-@pytest.mark.parametrize(("pipeline", "trials"), [(PIPELINE, 3), (POPULATION, 6)], ids=["tpe", "population"])
-def test_a_killed_search_loses_no_trial(tmp_path, pipeline, trials):
+@pytest.mark.parametrize(("algorithm", "trials"), [(TPE, 3), (POPULATION, 6)], ids=["tpe", "population"])
+def test_a_killed_search_loses_no_trial(tmp_path, algorithm, trials):
     path = tmp_path / "search.yaml"
-    path.write_text(pipeline)
+    path.write_text(PIPELINE % algorithm.strip())
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(moepipe(whole, "submit", str(path), "--on", "inline"))
     process = moepipe(killed, "submit", str(path))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.errors import SpecError
-from moe.models.nac.draws import Draws, branch, draws_or_default, path_drop
+from moe.models.nac.draws import Branch, Draws, add_residual, draws_or_default
 from moe.models.nac.graph_specs import AttentionOptions, ModFCSpec
 from moe.models.nac.kernel import DotProductKernel
 from moe.models.nac.modfc import EPS, LayerScale, ModLinear
@@ -95,21 +95,18 @@ class LatentAttention(nn.Module):
         Raises:
             SpecError: signatures are missing, or widths don't fit.
         """
-        source, rate = draws_or_default(draws), self.path_drop_prob
+        source = draws_or_default(draws)
         log_affinity, affinity = self._affinities(receivers, senders, source)
+
+        def residual(kept: Branch) -> Tensor:
+            to, sent = (side._replace(states=kept.of(side.states)) for side in (receivers, senders))
+            of_edges = (x if x is None or x.ndim == 2 else kept.of(x) for x in (log_affinity, affinity))
+            return self._residual(to, sent, *of_edges)
+
         if not self.include_residual:
             return self._residual(receivers, senders, log_affinity, affinity)
-        states = receivers.states
-        if self.training and rate and worth_it(states, states.numel() * self.query_compiler.out_features):
-            kept = branch(states, rate, "path_drop", source)
-            to, sent = (side._replace(states=kept.of(side.states)) for side in (receivers, senders))
-            if log_affinity is not None and log_affinity.ndim == 3:
-                log_affinity = kept.of(log_affinity)
-            if affinity is not None and affinity.ndim == 3:
-                affinity = kept.of(affinity)
-            return kept.add(states, self._residual(to, sent, log_affinity, affinity))
-        residual = self._residual(receivers, senders, log_affinity, affinity)
-        return path_drop(states, residual, rate, self.training, "path_drop", source)
+        width = self.query_compiler.out_features
+        return add_residual(receivers.states, residual, width, self.path_drop_prob, self.training, "path_drop", source)
 
     def _residual(
         self, receivers: Nodes, senders: Nodes, log_affinity: Tensor | None, affinity: Tensor | None
@@ -121,11 +118,6 @@ class LatentAttention(nn.Module):
         k_BVI, v_BVI = self.key_compiler(sent, senders.codes), self.value_compiler(sent, senders.codes)
         message_BUI = attend(q_BUI, k_BVI, v_BVI, self.num_heads, log_affinity, affinity)
         return self.layer_scale(self.exit_layer(message_BUI, receivers.codes))  # type: ignore[no-any-return]
-
-    def _tiled(self, receivers: Nodes, senders: Nodes) -> bool:
-        """Whether a head's scores are a large product."""
-        operations = receivers.states.shape[1] * senders.states.shape[1] * self.query_compiler.out_features
-        return worth_it(receivers.states, operations // self.num_heads)
 
     def _affinities(self, receivers: Nodes, senders: Nodes, draws: Draws) -> tuple[Tensor | None, Tensor | None]:
         """What is added to scores and what multiplies weights, each ``[U, V]``, ``[B, U, V]`` or None."""
@@ -141,7 +133,8 @@ class LatentAttention(nn.Module):
             senders.signatures,
             receivers.states.shape[0],
             draws.at(uniform=draws.name("kernel")),
-            for_softmax=not scale and self._tiled(receivers, senders),
+            for_softmax=not scale
+            and by_edges(receivers.states, senders.states, self.query_compiler.out_features // self.num_heads),
         )
         return log_affinity, log_affinity.exp() if scale else None
 
@@ -149,6 +142,11 @@ class LatentAttention(nn.Module):
 def split_heads(x_BUI: Tensor, num_heads: int) -> Tensor:
     """``[..., H * D] -> [..., H, D]``: channel h * D + c is channel c of head h."""
     return x_BUI.view(*x_BUI.shape[:-1], num_heads, x_BUI.shape[-1] // num_heads)
+
+
+def by_edges(receivers_BUX: Tensor, senders_BVX: Tensor, head_dim: int) -> bool:
+    """Whether :func:`attend` leaves the messages to ``edge_attention``: one head's scores are a large product."""
+    return worth_it(receivers_BUX, receivers_BUX.shape[1] * senders_BVX.shape[1] * head_dim)
 
 
 def attend(
@@ -177,7 +175,7 @@ def attend(
     if log_affinity is not None and log_affinity.ndim == 2:
         dead_U1 = (log_affinity == -math.inf).all(dim=-1, keepdim=True)
         log_affinity = log_affinity.masked_fill(dead_U1, 0.0)
-    if affinity is None and worth_it(q_BUI, q_BUI.shape[1] * k_BVI.shape[1] * (q_BUI.shape[2] // num_heads)):
+    if affinity is None and by_edges(q_BUI, k_BVI, q_BUI.shape[2] // num_heads):
         message_BUI = edge_attention(q_BUI, k_BVI, v_BVI, log_affinity, num_heads)
     else:
         q_BHUD, k_BHVD, v_BHVD = (split_heads(x, num_heads).transpose(1, 2) for x in (q_BUI, k_BVI, v_BVI))

@@ -10,13 +10,14 @@ Families: ``uniform`` on [0, 1), ``normal`` with unit variance, ``exponential`` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe.errors import SpecError, nearest
+from moe.models.nac.products import worth_it
 
 
 class Draws:
@@ -153,3 +154,29 @@ def branch(old_BUS: Tensor, rate: float, name: str, draws: Draws) -> Branch:
     if not len(rows):
         return Branch(None, 0.0)
     return Branch(None if len(rows) == len(old_BUS) else rows, 1 / (1 - rate))
+
+
+def add_residual(
+    old_BUS: Tensor,
+    residual: Callable[[Branch], Tensor],
+    width: int,
+    rate: float,
+    training: bool,
+    name: str,
+    draws: Draws,
+) -> Tensor:
+    """:func:`path_drop` of a residual that is computed here; of a large one, for those samples only that keep it.
+
+    Args:
+        old_BUS: what is added to.
+        residual: computes what is added, for the samples of the branch that it is given.
+        width: of the first product of the residual, for :func:`~moe.models.nac.products.worth_it`.
+        rate: probability with which a sample drops it.
+        training: path drop happens in training only.
+        name: of the draw.
+        draws: their source.
+    """
+    if training and rate and worth_it(old_BUS, old_BUS.numel() * width):
+        kept = branch(old_BUS, rate, name, draws)
+        return kept.add(old_BUS, residual(kept))
+    return path_drop(old_BUS, residual(Branch(None, 1.0)), rate, training, name, draws)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.models.nac.draws import Draws, branch, draws_or_default, path_drop
+from moe.models.nac.draws import Draws, add_residual, draws_or_default
 from moe.models.nac.graph_specs import ModFCSpec
 from moe.models.nac.modfc import EPS, LayerScale, ModLinear
 from moe.models.nac.products import geglu, worth_it
@@ -73,15 +73,18 @@ class ModFFN(nn.Module):
 
     def forward(self, states_BUS: Tensor, codes_UC: Tensor, draws: Draws | None = None) -> Tensor:
         """New states ``[B, U, S]``. Draw: ``path_drop`` (uniform, ``[B, 1, 1]``), in training with a rate above 0."""
-        source, rate = draws_or_default(draws), self.path_drop_prob
         if not self.include_residual:
             return self._residual(states_BUS, codes_UC)
         into: ModLinear = self.ffn[0]  # type: ignore[assignment]
-        if self.training and rate and worth_it(states_BUS, states_BUS.numel() * into.out_features):
-            kept = branch(states_BUS, rate, "path_drop", source)
-            return kept.add(states_BUS, self._residual(kept.of(states_BUS), codes_UC))
-        residual = self._residual(states_BUS, codes_UC)
-        return path_drop(states_BUS, residual, rate, self.training, "path_drop", source)
+        return add_residual(
+            states_BUS,
+            lambda kept: self._residual(kept.of(states_BUS), codes_UC),
+            into.out_features,
+            self.path_drop_prob,
+            self.training,
+            "path_drop",
+            draws_or_default(draws),
+        )
 
     def _residual(self, states_BUS: Tensor, codes_UC: Tensor) -> Tensor:
         into, activation, out = self.ffn
