@@ -574,6 +574,13 @@ def test_formats_show_the_same_numbers():
     assert {line["domain"] for line in lines} == {"+90%", "+80%", "-90%", "Avg"}
 
 
+def test_a_single_trial_has_no_error():
+    report = collect([item for item in small_sweep() if item.trial_seed == 0], ["iid"])
+    assert "| ERM | 50.0 | 51.0 | 52.0 | 51.0 | 50.0 |" in render(report, "markdown")
+    assert "50.0 +/- 0.0" in render(report, "text", compat=True) and "+/-" not in render(report, "text")
+    assert ",ERM,+90%,50.0,,1\n" in render(report, "csv")
+
+
 def test_compat_cuts_what_ours_keeps():
     name = "AnAlgorithmWithAVeryLongName"
     report = collect(small_sweep(dataset="WILDSCamelyon_of_our_own_hospital", algorithm=name), ["iid"])

@@ -24,7 +24,7 @@ def accuracy_points(table: Table) -> bytes:
         axes.errorbar(
             place + (number - (len(rows) - 1) / 2) * width,
             [np.nan if cell is None else cell.mean for cell in row.cells],
-            yerr=[0.0 if cell is None else cell.error for cell in row.cells],
+            yerr=[np.nan if cell is None or cell.trials == 1 else cell.error for cell in row.cells],
             fmt=MARKERS[number % len(MARKERS)],
             color=PALETTE[number % len(PALETTE)],
             capsize=3,

@@ -1,8 +1,8 @@
 """Result tables as text, Markdown, LaTeX, CSV and HTML.
 
 Text and LaTeX with ``compat`` are DomainBed's, byte by byte: columns of a fixed width to which cells are cut, which in
-LaTeX costs long header cells their closing brace. Without it nothing is cut, LaTeX is escaped, and tables over domains
-have a column for the worst one.
+LaTeX costs long header cells their closing brace. Without it nothing is cut, LaTeX is escaped, tables over domains
+have a column for the worst one, and a single trial is given without an error.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _text(report: Report, compat: bool) -> str:
     for table in report.tables:
         name = f"Dataset: {table.dataset}" if table.dataset else "Averages"
         lines += ["", f"-------- {name}, model selection method: {METHODS[table.method].title}"]
-        grid = grid_of(table, "+/-", worst=not compat)
+        grid = grid_of(table, "+/-", compat=compat)
         widths = _widths(grid, table, compat)
         lines += [_line(row, widths, "  ", " ") for row in grid]
     return "\n".join(lines) + "\n"
@@ -64,7 +64,7 @@ def _latex(report: Report, compat: bool) -> str:
         method = table.method
         title = table.title if compat else table.title.translate(_LATEX)
         lines += ["", f"\\subsubsection{{{title}}}", "", r"\begin{center}", r"\adjustbox{max width=\textwidth}{%"]
-        grid = grid_of(table, r"$\pm$", worst=not compat)
+        grid = grid_of(table, r"$\pm$", compat=compat)
         names = [[name.replace("%", r"\%") if compat else name.translate(_LATEX) for name in grid[0]]]
         if not compat:
             grid = [[row[0].translate(_LATEX), *row[1:]] for row in grid]
@@ -80,7 +80,7 @@ def _markdown(report: Report, compat: bool) -> str:
     lines: list[str] = []
     for table in report.tables:
         lines += [f"**{_caption(table)}**", ""]
-        header, *body = [[cell.replace("|", r"\|") for cell in row] for row in grid_of(table, "±", worst=True)]
+        header, *body = [[cell.replace("|", r"\|") for cell in row] for row in grid_of(table)]
         rows = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
         lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
     return "\n".join(lines).rstrip("\n") + "\n"
@@ -89,7 +89,7 @@ def _markdown(report: Report, compat: bool) -> str:
 def _html(report: Report, compat: bool) -> str:
     lines: list[str] = []
     for table in report.tables:
-        header, *body = grid_of(table, "±", worst=True)
+        header, *body = grid_of(table)
         lines += ["<table>", f"<caption>{escape(_caption(table))}</caption>"]
         lines.append(
             "<thead><tr>" + "".join(f'<th scope="col">{escape(name)}</th>' for name in header) + "</tr></thead>"
@@ -103,7 +103,7 @@ def _html(report: Report, compat: bool) -> str:
 
 
 def _csv(report: Report, compat: bool) -> str:
-    """One line per cell, unrounded; missing values are empty."""
+    """One line per cell, unrounded; missing values and the error of a single trial are empty."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["selection", "dataset", "algorithm", "domain", "mean", "standard_error", "trials"])
@@ -111,8 +111,9 @@ def _csv(report: Report, compat: bool) -> str:
         for row in table.rows:
             for column, cell in zip(table.columns, row.cells, strict=True):
                 dataset, domain = (table.dataset, column) if table.dataset else (column, "Avg")
-                values = ["", "", 0] if cell is None else [cell.mean, cell.error, cell.trials]
-                writer.writerow([table.method, dataset, row.algorithm, domain, *values])
+                mean, trials = ("", 0) if cell is None else (cell.mean, cell.trials)
+                error = cell.error if cell is not None and trials > 1 else ""
+                writer.writerow([table.method, dataset, row.algorithm, domain, mean, error, trials])
     return buffer.getvalue()
 
 
@@ -133,21 +134,28 @@ def _caption(table: Table) -> str:
     return f"{table.title}, model selection: {METHODS[table.method].title}, {span} {noun}"
 
 
-def grid_of(table: Table, sign: str = "±", *, worst: bool = True) -> list[list[str]]:
-    """Header and rows as texts."""
-    last = ["Avg", "Worst"] if worst and table.dataset else ["Avg"]
+def grid_of(table: Table, sign: str = "±", *, compat: bool = False) -> list[list[str]]:
+    """Header and rows as texts.
+
+    Args:
+        table: one table of a report.
+        sign: between a mean and its standard error.
+        compat: as the public code: no worst domain, and a single trial has an error of 0.0 instead of none.
+    """
+    last = ["Avg"] if compat or not table.dataset else ["Avg", "Worst"]
     grid = [["Algorithm", *table.columns, *last]]
     for row in table.rows:
         ends = [row.average, row.worst][: len(last)]
-        cells = [_show(cell, sign) for cell in row.cells]
+        cells = [_show(cell, sign, compat) for cell in row.cells]
         grid.append([row.algorithm, *cells, *(_MISSING if end is None else f"{end:.1f}" for end in ends)])
     return grid
 
 
-def _show(cell: Cell | None, sign: str) -> str:
+def _show(cell: Cell | None, sign: str, compat: bool) -> str:
     if cell is None:
         return _MISSING
-    return f"{cell.mean:.1f} {sign} {cell.error:.1f}{'*' if cell.missing else ''}"
+    error = f" {sign} {cell.error:.1f}" if compat or cell.trials > 1 else ""
+    return f"{cell.mean:.1f}{error}{'*' if cell.missing else ''}"
 
 
 def _widths(grid: Sequence[Sequence[str]], table: Table, compat: bool) -> list[int]:
