@@ -236,6 +236,8 @@ def test_embedded_sets_keep_their_normalisation(tmp_path):
     expected = [np.asarray(Image.fromarray(digits.images[int(env.rows[r])]).resize((40, 40), 2)) for r in (7, 3)]
     assert torch.equal(batch, torch.from_numpy(np.stack(expected)).permute(0, 3, 1, 2) / 255)
     assert env.batch(np.array([7]), True, generator()).shape == (1, 3, 40, 40)
+    few = image_environments(digits5.load(tmp_path / "data", digits5.Options(per_domain=30)), 40)
+    assert [len(env) for env in few] == [30] * 5 and set(few[3].rows) < set(env.rows)
     pretrained = image_environments(digits, 40, normalisation="imagenet")[3].batch(np.array([7, 3]), False, generator())
     assert torch.equal(pretrained, NORMALISE(batch))
 

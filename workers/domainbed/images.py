@@ -109,6 +109,8 @@ def image_environments(
 ) -> list[FolderEnvironment]:
     """One environment per value of the set's domain column, in ascending order; rows in the set's order.
 
+    Which split an image is in makes no difference here, but one that is in none (``per_domain``) is left out.
+
     Args:
         data: any registry set with classes for labels.
         image_size: side S in pixels that the network wants.
@@ -130,9 +132,10 @@ def image_environments(
     sources = _sources(data, image_size, cache, limit, threads, channels, normalisation)
     domain = data.column(data.info.domain_field)
     names = data.value_names.get(data.info.domain_field, ())
+    used = np.unique(np.concatenate(list(data.splits.values())))
     environments = []
-    for value in np.unique(domain):
-        rows = np.flatnonzero(domain == value).astype(np.int64)
+    for value in np.unique(domain[used]):
+        rows = used[domain[used] == value].astype(np.int64)
         name = names[value] if 0 <= value < len(names) else str(value)
         environments.append(FolderEnvironment(name, data.labels[rows].astype(np.int64), rows, sources))
     return environments
