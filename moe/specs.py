@@ -122,6 +122,10 @@ class BackboneSpec(BaseModel):
         for name in ("jetvit", "vmoe"):
             if (getattr(self, name) is None) != (self.name != name):
                 raise ValueError(f"The backbone {name!r} and the field `{name}`, which describes it, belong together.")
+        if self.jetvit is not None and self.gmoe is not None:
+            asked, default = self.gmoe.drop_path, GMoESpec.model_fields["drop_path"].default
+            if asked not in (default, self.jetvit.drop_path):
+                raise ValueError(f"gmoe.drop_path={asked} has no meaning for jetvit: set jetvit.drop_path.")
         if self.name == "vit_small_focus" and self.image_size is not None and self.image_size % 14:
             near = max(14, round(self.image_size / 14) * 14)
             raise ValueError(f"image_size={self.image_size} is not a multiple of the patch of 14 pixels; use {near}.")

@@ -122,7 +122,7 @@ def drive(
     root = Path(given["data"]) if given["data"] else opt.data_root(data, store)
     options = {**given["options"], "on": "auto", "data": str(root.absolute())}
     run = run_named(RunStore(place), spec, given["run"], options, console.note)
-    cli_run.drive_run(run, place, "auto", root, quiet=False, json=bool(given["json"]))
+    cli_run.drive_run(run, place, "auto", root, quiet=bool(given.get("quiet")), json=bool(given["json"]))
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ class Submission:
         data: folder with prepared data sets *on the cluster*; None: its MOEPIPE_DATA.
         any_code: don't compare the code.
         json: print JSON.
+        quiet: no progress.
     """
 
     spec: PipelineSpec
@@ -147,6 +148,7 @@ class Submission:
     data: Path | None
     any_code: bool
     json: bool
+    quiet: bool = False
 
     def document(self, name: str) -> dict[str, Any]:
         """What travels: plain JSON."""
@@ -156,10 +158,11 @@ class Submission:
             "run": name,
             "spec": self.spec.model_dump(mode="json"),
             "code": None if self.any_code else code_of(self.graph),
-            "store": self.store if "://" in self.store and not self.store.startswith("file://") else None,
-            "data": None if self.data is None or os.environ.get("MOEPIPE_DATA") == str(self.data) else str(self.data),
+            "store": opt.store_there(self.store),
+            "data": opt.data_there(self.data),
             "options": {key: value for key, value in self.options.items() if key not in ("on", "data")},
             "json": self.json,
+            "quiet": self.quiet,
         }
 
 
@@ -210,7 +213,7 @@ def _follow(there: Jobs, job: str, run: str, where: str, json: bool = False) -> 
         raise typer.Exit(ended.exit_code)
 
 
-def doctor_nodes(where: str, store: str, data: Path, json: bool) -> None:
+def doctor_nodes(where: str, store: str, data: Path | None, json: bool) -> None:
     """`moepipe doctor --cluster`: the checks of every node in one table, with what to do."""
     from moe.errors import EnvironmentProblem
     from orchestrator import console
@@ -219,14 +222,17 @@ def doctor_nodes(where: str, store: str, data: Path, json: bool) -> None:
     from orchestrator.cluster_tunnel import address_of
 
     if where.endswith((".yaml", ".yml")) or where.startswith(("http://", "https://")):
+        words = ["doctor", "--cluster", "auto", "--json"]
+        for option, value in (("--store", opt.store_there(store)), ("--data", opt.data_there(data))):
+            words += [] if value is None else [option, value]
         with address_of(where) as address:
             there = Jobs(address)
-            ended = there.run_command("doctor", ["doctor", "--cluster", "auto", "--json"])
+            ended = there.run_command("doctor", words)
             reports = from_json(there.logs(ended.job))
     else:
         local = Path(opt.DEFAULT_STORE if "://" in store else store).absolute()
         tracking = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local / 'mlflow.db'}"
-        reports = examine_cluster(where, store, str(data.absolute()), tracking)
+        reports = examine_cluster(where, store, str(opt.data_root(data, store).absolute()), tracking)
     failed = sorted({report.node for report in reports if report.failed})
     if json:
         console.emit_json(to_json(reports))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("terminal", "md", "latex", "csv", "html", "json")
 _ENDINGS = {".md": "md", ".tex": "latex", ".csv": "csv", ".html": "html", ".json": "json", ".txt": "terminal"}
+REPLICATES = 2000
 LEVELS = ("auto", "examples", "domains", "seeds")
 
 
@@ -45,7 +46,7 @@ def compare(
     bootstrap: Annotated[
         str, typer.Option("--bootstrap", help="Resample besides seeds: examples, domains, seeds; auto: the finest.")
     ] = "auto",
-    replicates: Annotated[int, typer.Option("--replicates", min=100, max=1_000_000, help="Resamples.")] = 2000,
+    replicates: Annotated[int, typer.Option("--replicates", min=100, max=1_000_000, help="Resamples.")] = REPLICATES,
     watts: Annotated[
         float | None, typer.Option("--watts", min=0, help="Power of one device, for an energy estimate.")
     ] = None,
@@ -62,9 +63,10 @@ def compare(
     chosen = _format(form, output, json)
     for name, value, allowed in (("--by", by, ("auto", "domain", "summary")), ("--bootstrap", bootstrap, LEVELS)):
         _one_of(name, value, allowed)
+    _by_fits(by, chosen)
     options = Options(metric, baseline, selection, allow_different, bootstrap, replicates, watts)
     found = compare_runs(Store.open(store), runs or [], last, pipeline, options)
-    _show(found, chosen, by, output, _command(runs or [], last, pipeline, options))
+    _show(found, chosen, by, output, _command(runs or [], last, pipeline, options, by))
 
 
 def compare_runs(
@@ -106,6 +108,14 @@ def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
         raise SpecError(f"{name} is {value!r}.", nearest(value, allowed))
 
 
+def _by_fits(by: str, form: str) -> None:
+    """Raises SpecError where the form has everything anyway."""
+    from moe.errors import SpecError
+
+    if by == "summary" and form in ("csv", "json"):
+        raise SpecError(f"--by summary has no effect on {form}, which has every domain.", "Leave it out.")
+
+
 def _format(form: str, output: Path | None, json: bool) -> str:
     """The form that is meant: said, or by the file's ending."""
     from moe.errors import SpecError
@@ -143,13 +153,15 @@ def _text(found: Comparison, form: str, by: str, command: str) -> str:
     if form == "html":
         from orchestrator.compare_page import page
 
-        return page(found, command)
+        return page(found, command, domains=by != "summary")
     if form == "json":
         return json.dumps(console.finite(compare_export.to_json(found)), allow_nan=False) + "\n"
     if form == "terminal":
         form = "md"
-    writers = {"md": compare_render.markdown, "latex": compare_render.latex, "csv": compare_export.to_csv}
-    return writers[form](found)
+    if form == "csv":
+        return compare_export.to_csv(found)
+    writers = {"md": compare_render.markdown, "latex": compare_render.latex}
+    return writers[form](found, domains=by != "summary")
 
 
 def _terminal(found: Comparison, by: str) -> None:
@@ -169,7 +181,7 @@ def _terminal(found: Comparison, by: str) -> None:
     console.say(*notes(found))
 
 
-def _command(runs: Sequence[str], last: int | None, pipeline: str | None, options: Options) -> str:
+def _command(runs: Sequence[str], last: int | None, pipeline: str | None, options: Options, by: str) -> str:
     """What to type to get the same again."""
     import shlex
 
@@ -179,6 +191,10 @@ def _command(runs: Sequence[str], last: int | None, pipeline: str | None, option
     words += ["--baseline", options.baseline] if options.baseline else []
     words += ["--metric", options.metric] if options.metric != "avg" else []
     words += ["--selection", options.selection] if options.selection else []
+    words += ["--by", by] if by != "auto" else []
+    words += ["--bootstrap", options.level] if options.level != "auto" else []
+    words += ["--replicates", str(options.replicates)] if options.replicates != REPLICATES else []
+    words += ["--watts", f"{options.watts:g}"] if options.watts is not None else []
     words += ["--allow-different"] if options.allow_different else []
     return shlex.join(words)
 

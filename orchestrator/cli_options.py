@@ -124,6 +124,29 @@ def data_root(data: Path | None, store: str) -> Path:
     return Path(DEFAULT_STORE if "://" in local else local) / "data"
 
 
+def store_there(store: str) -> str | None:
+    """The store as a cluster is told of it: a URL, or None, then the cluster's own MOEPIPE_STORE counts there.
+
+    Raises:
+        SpecError: a folder of this machine was asked for (not by MOEPIPE_STORE, which is this machine's default).
+    """
+    from moe.errors import SpecError
+
+    if "://" in store and not store.startswith("file://"):
+        return store
+    if store not in (DEFAULT_STORE, os.environ.get("MOEPIPE_STORE")):
+        raise SpecError(
+            f"--store {store} is a folder, and --cluster uses the folder that MOEPIPE_STORE names there.",
+            "Set it on the cluster (deploy/env.sh), or give a URL like s3://bucket/path, which is passed on.",
+        )
+    return None
+
+
+def data_there(data: Path | None) -> str | None:
+    """The folder with data sets on a cluster; None: the cluster's own MOEPIPE_DATA counts there."""
+    return None if data is None or os.environ.get("MOEPIPE_DATA") == str(data) else str(data)
+
+
 def all_overrides(overrides: list[str] | None, seeds: str | None) -> list[str]:
     """The ``--set`` values, with ``--seeds`` as one of them."""
     chosen = list(overrides or [])

@@ -148,7 +148,7 @@ def show(
 
     place = Store.open(store)
     found = RunStore(place).open(run)
-    if why:
+    if why and not verify:
         cli_show.print_why(found, place, node, json)
         return
     view = view_of(found)
@@ -156,6 +156,9 @@ def show(
     if verify:
         count = cli_show.verify(place, members)
         console.note(f"{count} artifacts verified: every file has the bytes it was written with")
+    if why:
+        cli_show.print_why(found, place, node, json)
+        return
     if node is None:
         document = {**_summary(found), **cli_show.describe_run(found, view, place)}
         if json:

@@ -35,9 +35,12 @@ def _load_any(
     if not sweep:
         loaded = _load(pipeline, profile, overrides, seeds)
         return loaded.spec, loaded.graph, []
+    from orchestrator import console
     from orchestrator.sweeping import load_sweep
 
     swept = load_sweep(pipeline, profile, opt.all_overrides(overrides, seeds), sweep)
+    for warning in swept.warnings:
+        console.note(f"warning: {warning}")
     return swept.spec, swept.graph, swept.record()
 
 
@@ -59,13 +62,13 @@ def submit(
     json: opt.Json = False,
 ) -> None:
     """Run a pipeline. What was done before is a hit and is not done again."""
-    if dry_run:
-        plan(pipeline, profile, overrides, seeds, on, store, data, sweep, json)
-        return
-    from moe.errors import SpecError
     from orchestrator.runs import RunStore
     from orchestrator.store import Store
 
+    _require_used(on, store, cluster, dry_run, detach or any_code)
+    if dry_run:
+        plan(pipeline, profile, overrides, seeds, on, store, data, sweep, json)
+        return
     spec, graph, points = _load_any(pipeline, profile, overrides, seeds, sweep)
     options: dict[str, Any] = {
         "on": on,
@@ -75,12 +78,10 @@ def submit(
         "set": opt.all_overrides(overrides, seeds),
         **({"sweep": points} if points else {}),
     }
-    if cluster is None and (detach or any_code):
-        raise SpecError("--detach and --any-code are for --cluster.", "Name a cluster: --cluster cluster.yaml")
     if cluster is not None:
         from orchestrator.cli_cluster import Submission, submit_remote
 
-        given = Submission(spec, graph, run_name, options, store, data, any_code, json)
+        given = Submission(spec, graph, run_name, options, store, data, any_code, json, quiet)
         submit_remote(given, cluster, detach)
         return
     place = Store.open(store)
@@ -93,6 +94,28 @@ def submit(
 
         run = run_named(runs, spec, run_name, options, note)
     drive_run(run, place, on, opt.data_root(data, store), quiet, json)
+
+
+def _require_used(on: str, store: str, cluster: str | None, dry_run: bool, remote: bool) -> None:
+    """Refuse options that would have no effect with, or without, ``--cluster``.
+
+    Raises:
+        SpecError: there is one; ``remote`` says that --detach or --any-code is given.
+    """
+    from moe.errors import SpecError
+
+    if cluster is None:
+        if remote:
+            raise SpecError("--detach and --any-code are for --cluster.", "Name a cluster: --cluster cluster.yaml")
+        return
+    if on != "ray":
+        raise SpecError(f"--on {on} and --cluster {cluster} are given.", "Use one of them.")
+    if dry_run:
+        raise SpecError(
+            "--dry-run plans for this machine and its store, not for --cluster.",
+            "Leave --cluster out, or call `moepipe plan FILE --on auto` on the cluster.",
+        )
+    opt.store_there(store)
 
 
 def drive_run(run: Run, store: Store, on: str, data_root: Path, quiet: bool, json: bool) -> None:
@@ -111,6 +134,9 @@ def drive_run(run: Run, store: Store, on: str, data_root: Path, quiet: bool, jso
         todo = len(plan.entries) - plan.count("hit")
         wait = "; starting Ray takes some seconds" if on == "ray" and todo else ""
         console.note(f"{run.id}: {len(plan.entries)} members, {plan.count('hit')} hits, {todo} to run (on {on}{wait})")
+    timed = [name for name, view in graph.stages.items() if view.spec.timeout_s is not None]
+    if on == "inline" and timed:
+        console.note(f"warning: timeout_s of {', '.join(timed)} has no effect inline: nobody can stop a member there")
     display = make_display(graph.nodes, quiet)
     driven = drive(run, graph, store, make_executor(on, store), data_root, display)
     flags = opt.store_flag(store.folder if store.is_local else store.url)

@@ -15,7 +15,9 @@ import typer
 from orchestrator import cli_options as opt
 
 CLIENT = "serve.client"
-DEFAULT_URL = "http://127.0.0.1:8000"
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
+DEFAULT_URL = f"http://{DEFAULT_HOST}:{DEFAULT_PORT}"
+DEFAULT_IMAGE = "moepipe:latest"
 _PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 _ROWS = 128
 
@@ -38,8 +40,8 @@ def serve(
             autocompletion=opt.complete_run,
         ),
     ] = "latest",
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 8000,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = DEFAULT_HOST,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = DEFAULT_PORT,
     name: Annotated[str | None, typer.Option("--name", help="Name of the model in the addresses.")] = None,
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="Processes that answer predictions.")] = 1,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Compute threads of each process.")] = 1,
@@ -68,14 +70,22 @@ def serve(
     ] = None,
     image: Annotated[
         str, typer.Option("--image", help="Container image with moepipe, for --rayservice.")
-    ] = "moepipe:latest",
+    ] = DEFAULT_IMAGE,
 ) -> None:
     """Serve a model over HTTP; it adapts to new domains from unlabelled images. Ctrl-C ends it."""
+    from moe.errors import SpecError
     from orchestrator import console, serving
     from orchestrator.blobs import write_atomic
     from orchestrator.executors.ray_env import prepare_environment
     from orchestrator.store import Store
 
+    if rayservice is None and image != DEFAULT_IMAGE:
+        raise SpecError("--image is for --rayservice.", "Add --rayservice FILE, or leave it out.")
+    if rayservice is not None and export is None and (host, port) != (DEFAULT_HOST, DEFAULT_PORT):
+        raise SpecError(
+            "--host and --port have no effect on --rayservice: its pods listen on 0.0.0.0:8000.",
+            "Leave them out; the service in front decides what is reached from where.",
+        )
     place = Store.open(store)
     arguments: dict[str, Any] = {
         "model": str(Path(model).resolve()) if Path(model).is_dir() else model,

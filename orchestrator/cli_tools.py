@@ -93,7 +93,7 @@ def doctor(
     if cluster is not None:
         from orchestrator.cli_cluster import doctor_nodes
 
-        doctor_nodes(cluster, store, opt.data_root(data, store), json)
+        doctor_nodes(cluster, store, data, json)
         return
 
     from moe.errors import EnvironmentProblem

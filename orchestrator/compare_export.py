@@ -15,7 +15,7 @@ def to_csv(found: Comparison) -> str:
     document = to_json(found)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    scores = [AVERAGE, WORST, *found.domains]
+    scores = [AVERAGE, WORST, *_extra(found), *found.domains]
     fixed = ("id", "label", "method", "adaptation", "selection", "dataset", "protocol", "worst_domain")
     differs = ("mean", "low", "high", "p", "corrected", "level")
     costs = ("parameters", "active_parameters", "flops", "latency_ms", "device", "device_hours", "energy_wh")
@@ -46,9 +46,13 @@ def to_json(found: Comparison) -> dict[str, Any]:
     }
 
 
+def _extra(found: Comparison) -> tuple[str, ...]:
+    """The score that was asked for, where it is neither of those that always stand there."""
+    return () if found.options.metric in (AVERAGE, WORST) else (found.options.metric,)
+
+
 def _row(found: Comparison, row: Row) -> dict[str, Any]:
     spent, watts = row.hours, found.options.watts
-    extra = () if found.options.metric in (AVERAGE, WORST) else (found.options.metric,)
     return {
         "id": row.id,
         "label": row.label,
@@ -60,7 +64,7 @@ def _row(found: Comparison, row: Row) -> dict[str, Any]:
         "protocol": row.setting.protocol,
         "runs": row.runs,
         "seeds": row.seeds,
-        "scores": {name: _plain(row.cell(name)) for name in (AVERAGE, WORST, *extra)},
+        "scores": {name: _plain(row.cell(name)) for name in (AVERAGE, WORST, *_extra(found))},
         "worst_domain": row.worst_name,
         "domains": {name: _plain(row.domain(name)) for name in row.domains},
         "baseline": row.baseline,

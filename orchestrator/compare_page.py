@@ -8,18 +8,19 @@ from workers.compare_figures import Line, cost_points, differences, domain_point
 from workers.report_page import Figure, fill_template
 
 
-def page(found: Comparison, command: str) -> str:
+def page(found: Comparison, command: str, domains: bool = True) -> str:
     """The HTML text.
 
     Args:
         found: the comparison.
         command: what to type to get it again.
+        domains: with a column for each domain.
     """
     return fill_template(
         "compare.html.j2",
         page={"title": "Comparison of " + (found.runs[0] if len(found.runs) == 1 else f"{len(found.runs)} runs")},
         lead=_lead(found),
-        grids=grids(found),
+        grids=grids(found, domains),
         notes=notes(found),
         figures=_figures(found),
         runs=found.runs,
@@ -37,7 +38,8 @@ def _lead(found: Comparison) -> str:
     scale, unit = (100, "%") if best.percent else (1, "")
     where = "average over domains" if len(found.domains) > 1 else found.domains[0]
     sure = ""
-    if mark is not None and mark.low is not None:
+    # Only a difference of the score that is told here says how sure it is.
+    if mark is not None and mark.low is not None and found.options.metric == AVERAGE:
         sure = (
             ", and the difference to the baseline is significant"
             if mark.mark

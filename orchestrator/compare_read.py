@@ -22,6 +22,7 @@ from orchestrator.tracking_state import parse_node
 
 LAST = ("last", "latest")
 _LAST_EVENT = 1 << 16
+_MADE_UP = re.compile(r"(.+)-\d{8}-\d{6}-[0-9a-f]{4}")
 _REFERENCE = re.compile(r"\$\{stages\.([A-Za-z][A-Za-z0-9_-]*)")
 # The beginning of the lines that are read; members' starts matter only where one failed.
 _WANTED = re.compile(rb'\{"time":[0-9.e+]+,"kind":"member-(?:finished|hit|failed|metrics)"')
@@ -157,7 +158,12 @@ def _matching(name: str, runs: Mapping[str, Run]) -> list[Run]:
 
 def _pipeline(run: Run) -> str:
     # Ids are made of the pipeline's name, date, time and four letters; names may hold dashes themselves.
-    return run.id.rsplit("-", 3)[0]
+    if made := _MADE_UP.fullmatch(run.id):
+        return made[1]
+    try:  # `submit --run NAME`
+        return str(json.loads((run.path / "spec.json").read_bytes())["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def read_run(run: Run) -> RunFacts:

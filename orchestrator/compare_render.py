@@ -200,10 +200,10 @@ def _dashes(found: Comparison) -> list[str]:
 # ---- forms ----
 
 
-def markdown(found: Comparison) -> str:
+def markdown(found: Comparison, domains: bool = True) -> str:
     """Two tables and notes."""
     lines = []
-    for grid in grids(found):
+    for grid in grids(found, domains):
         cells = [[cell.replace("|", "\\|") for cell in line] for line in [grid.header, *grid.body]]
         lines += [f"**{grid.title}**", "", "| " + " | ".join(cells[0]) + " |"]
         lines += ["|" + "|".join(["---", *["---:"] * (len(grid.header) - 1)]) + "|"]
@@ -224,10 +224,10 @@ _LATEX = {
 }
 
 
-def latex(found: Comparison) -> str:
+def latex(found: Comparison, domains: bool = True) -> str:
     """Two ``tabular`` environments for booktabs; notes as comments."""
     lines = []
-    for grid in grids(found):
+    for grid in grids(found, domains):
         align = "l" + "r" * (len(grid.header) - 1)
         lines += [f"% {grid.title}", f"\\begin{{tabular}}{{{align}}}", r"\toprule"]
         lines.append(" & ".join(map(_tex, grid.header)) + r" \\")

@@ -96,7 +96,7 @@ def examine(store: str, data_root: Path, tracking_uri: str) -> list[Check]:
 
 def _python() -> Iterator[Check]:
     version = ".".join(map(str, sys.version_info[:3]))
-    good = (3, 10) <= sys.version_info[:2] < (3, 14)
+    good = (3, 11) <= sys.version_info[:2] < (3, 14)
     fix = (
         ""
         if good

@@ -61,6 +61,47 @@ def workers_without_gang(graph: Graph, capacity: Capacity | None) -> Iterator[Li
             yield LintProblem("workers-without-gang", _resource(view.name, "workers"), text, "Set it to 1.")
 
 
+def min_success_of_one(graph: Graph, capacity: Capacity | None) -> Iterator[LintProblem]:
+    """A part of a fan-out of one is all of it; over seeds it is not counted."""
+    for view in graph.stages.values():
+        seeds = [graph.nodes[name].seed_index for name in view.nodes]
+        if view.spec.min_success < 1 and seeds and len(set(seeds)) == len(seeds):
+            each = " for each seed" if view.stage.per_seed else ""
+            text = f"has no effect: {view.name!r} has one member{each}, and at least one must succeed."
+            yield LintProblem("min-success", ("stages", view.name, "min_success"), text, "Leave it out.", "warning")
+
+
+def idle_search_settings(graph: Graph, capacity: Capacity | None) -> Iterator[LintProblem]:
+    """Settings of a search that its algorithm or scheduler never looks at."""
+    for view in graph.stages.values():
+        if view.stage.leads:
+            from orchestrator.search_check import idle_settings
+
+            for name, text in idle_settings(view.config):  # type: ignore[arg-type]
+                path = ("stages", view.name, "config", name)
+                yield LintProblem("idle-setting", path, text, "Leave it out.", "warning")
+
+
+def scheduler_over_ranks(graph: Graph, capacity: Capacity | None) -> Iterator[LintProblem]:
+    """Scores of a trial with several ranks stay in them, so a scheduler would stop nobody."""
+    for view in graph.stages.values():
+        workers, scheduler = view.spec.resources.workers, getattr(view.config, "scheduler", "none")
+        if view.stage.leads and workers > 1 and scheduler != "none":
+            text = f"{scheduler} does not see what trials of {workers} workers report, so it would stop nobody."
+            hint = "Set scheduler: none, or workers: 1."
+            yield LintProblem("scheduler-over-ranks", ("stages", view.name, "config", "scheduler"), text, hint)
+
+
+def unregistered_model(graph: Graph, capacity: Capacity | None) -> Iterator[LintProblem]:
+    """A name in MLflow's registry, in a pipeline that does not write to MLflow."""
+    for view in graph.stages.values():
+        name = getattr(view.config, "register_as", None)
+        if name and not graph.spec.tracking.enabled:
+            text = f"nothing is registered as {name!r} while tracking is not enabled."
+            hint = "`moepipe track sync RUN` does it after the run."
+            yield LintProblem("unregistered", ("stages", view.name, "config", "register_as"), text, hint, "warning")
+
+
 def more_threads_than_cpus(graph: Graph, capacity: Capacity | None) -> Iterator[LintProblem]:
     """Threads beyond the reserved cores fight with the neighbours."""
     for view in graph.stages.values():
@@ -90,6 +131,10 @@ RULES: tuple[Rule, ...] = (
     unused_output,
     useless_seeds,
     workers_without_gang,
+    min_success_of_one,
+    idle_search_settings,
+    scheduler_over_ranks,
+    unregistered_model,
     more_threads_than_cpus,
     larger_than_cluster,
 )

@@ -18,7 +18,7 @@ from orchestrator.graph import Graph, assemble
 from orchestrator.lint import lint
 from orchestrator.overrides import apply_overrides
 from orchestrator.positions import Place, Problem, SpecErrors, Tree, found
-from orchestrator.references import resolve
+from orchestrator.references import idle_settings, resolve
 from orchestrator.spec import PipelineSpec
 from orchestrator.stages.base import StageBase
 from orchestrator.validation import validate
@@ -76,14 +76,15 @@ def load(path: str | Path, profile: str | None = None, overrides: Sequence[str] 
         _apply_profile(tree, overlays, profile, problems)
     problems += apply_overrides(tree, overrides)
     _fill_empty_maps(tree)
-    problems += resolve(
-        tree, {"scale": PipelineSpec.model_fields["scale"].default, "dataset": None, "dataset_options": {}}
-    )
+    used: set[str] = set()
+    defaults = {"scale": PipelineSpec.model_fields["scale"].default, "dataset": None, "dataset_options": {}}
+    problems += resolve(tree, defaults, used=used)
     spec, graph = _check(tree, problems)
     if graph is not None:
         found_by_lint = [problem.at(tree) for problem in lint(graph)]
         problems += [problem for problem in found_by_lint if problem.severity == "error"]
         warnings = tuple(problem for problem in found_by_lint if problem.severity != "error")
+        warnings += tuple(idle_settings(tree, used))
     if problems or spec is None or graph is None:
         raise SpecErrors(str(path), problems)
     return Loaded(spec, graph, tuple(reader.files), warnings, tuple(sorted(overlays)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe.errors import nearest
@@ -32,18 +32,53 @@ def stage_name(text: str) -> str | None:
     return match.group(1) if match else None
 
 
-def resolve(tree: Tree, defaults: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> list[Problem]:
+def resolve(
+    tree: Tree,
+    defaults: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+    used: set[str] | None = None,
+) -> list[Problem]:
     """Replace all references inside ``tree``, in place.
 
     Args:
         tree: the merged pipeline.
         defaults: values of top-level fields that the pipeline leaves out (``scale``, ``dataset``).
         environment: for ``${env:NAME}``; the process's own by default.
+        used: takes the names that something refers to.
 
     Returns:
         What could not be resolved.
     """
-    return _Resolver(tree, defaults, os.environ if environment is None else environment).run()
+    resolver = _Resolver(tree, defaults, os.environ if environment is None else environment)
+    problems = resolver.run()
+    if used is not None:
+        used |= resolver.used
+    return problems
+
+
+def idle_settings(tree: Tree, used: set[str]) -> list[Problem]:
+    """Warnings for what was set for references, and nothing refers to it.
+
+    Everything of ``--set``, and options of a data set also of the file; other variables may be for another profile.
+    """
+    found: list[Problem] = []
+    for root in ROOTS:
+        below = tree.child(root)
+        for path, leaf in _leaves(below, root) if below is not None else ():
+            asked = leaf.place.source.startswith("--set") or root == "dataset_options"
+            read = any(name == path or name.startswith(f"{path}.") or path.startswith(f"{name}.") for name in used)
+            if asked and not read and leaf.value is not None:
+                message = f"has no effect: nothing in this pipeline refers to ${{{path}}}."
+                found.append(Problem(leaf.place, path, message, "Set the stages' own fields instead.", "warning"))
+    return found
+
+
+def _leaves(tree: Tree, path: str) -> Iterator[tuple[str, Tree]]:
+    if not isinstance(tree.value, dict):
+        yield path, tree
+        return
+    for name, child in tree.value.items():
+        yield from _leaves(child, f"{path}.{name}")
 
 
 class _Resolver:
@@ -57,6 +92,7 @@ class _Resolver:
         self.budget = Budget()
         self.done: set[int] = set()
         self.open: dict[int, Path] = {}
+        self.used: set[str] = set()
 
     def run(self) -> list[Problem]:
         """Resolve everything."""
@@ -128,6 +164,7 @@ class _Resolver:
         name = name.strip()
         if name.startswith("env:"):
             return self._environment(name, tree, path)
+        self.used.add(name)
         parts = name.split(".")
         if parts[0] == "stages":
             self._fail(tree, path, f"${{{name}}} can only stand in a stage's inputs, alone, as ${{stages.NAME}}.")

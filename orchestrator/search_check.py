@@ -177,6 +177,31 @@ def _space_splits(config: SearchConfig) -> Iterator[tuple[str, str]]:
                 yield name, value
 
 
+_TRIED_BY: Mapping[str, tuple[str, ...]] = {
+    "batch": ("tpe",),
+    "startup": ("tpe",),
+    "reuse": ("random", "tpe"),
+    "include_written": ("random", "tpe", "population"),
+    "sampler_seed": ("random", "tpe", "population"),
+}
+_STOPPED_BY: Mapping[str, tuple[str, ...]] = {
+    "curve": ("asha", "median"),
+    "grace": ("asha", "median"),
+    "reduction": ("asha",),
+}
+
+
+def idle_settings(config: SearchConfig) -> Iterator[tuple[str, str]]:
+    """``(field, message)`` for settings that algorithm or scheduler never look at."""
+    for what, chosen, users in (
+        ("algorithm", config.algorithm, _TRIED_BY),
+        ("scheduler", config.scheduler, _STOPPED_BY),
+    ):
+        for name, able in users.items():
+            if chosen not in able and getattr(config, name) != SearchConfig.model_fields[name].default:
+                yield name, f"has no effect with {what} {chosen}; it is of {' and '.join(able)}."
+
+
 def metric_value(meta: Mapping[str, Any], metric: str) -> float | None:
     """The number at a path of an artifact's meta; keys that contain dots are found as well. None: there is none."""
     for name, value in numbers(meta):

@@ -7,7 +7,7 @@ other; the first has exactly the key that an ordinary stage of that config would
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,7 @@ class Outcome:
         curve: ``(update, score)`` of the first run, as far as it was watched.
         steps: updates of a trial that was stopped early.
         reused: all of it was in the store.
+        blind: what it reported while the scheduler's curve was not among it; None when the curve was seen.
         code_changed: it failed because the source files are no longer those of the search, so no trial can succeed.
     """
 
@@ -50,6 +51,7 @@ class Outcome:
     steps: int | None = None
     reused: bool = False
     code_changed: bool = False
+    blind: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,8 @@ class Condition(_Model):
             raise ValueError("a condition needs at_least, at_most or baseline")
         if self.significant and (self.baseline is None or self.metric != "avg"):
             raise ValueError("significant needs a baseline, and the metric avg")
+        if self.margin and self.baseline is None:
+            raise ValueError("margin needs a baseline: without one nobody is led")
         return self
 
 
@@ -131,7 +133,7 @@ class StageSpec(_Model):
         description="Part of the fan-out (0, 1] that must succeed for the stage to count as done.",
     )
     timeout_s: float | None = Field(
-        default=None, gt=0, description="Seconds after which a member is stopped; null: never."
+        default=None, gt=0, description="Seconds after which a member is stopped; null: never. Not with --on inline."
     )
     seed_name: StageName | None = Field(
         default=None,

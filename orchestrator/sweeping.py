@@ -51,11 +51,13 @@ class Swept:
         spec: all of it.
         graph: its expansion.
         points: in grid order, the last path changing fastest.
+        warnings: what to tell of any of the points, each once.
     """
 
     spec: PipelineSpec
     graph: Graph
     points: tuple[Point, ...]
+    warnings: tuple[str, ...] = ()
 
     def record(self) -> list[dict[str, Any]]:
         """The points as JSON, for the run record."""
@@ -140,7 +142,8 @@ def merge(read: Sequence[Loaded], grid: Sequence[Mapping[str, str]]) -> Swept:
         raise SpecError(f"No stage depends on {idle[0]!r}: every value gives the same results.", "Sweep another path.")
     first = read[0].spec
     spec = first.model_copy(update={"stages": stages})
-    return Swept(spec, build_graph(spec), points)
+    told = dict.fromkeys(str(warning) for loaded in read for warning in loaded.warnings)
+    return Swept(spec, build_graph(spec), points, tuple(told))
 
 
 def _matters(path: str, points: Sequence[Point]) -> bool:

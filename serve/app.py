@@ -35,7 +35,7 @@ from moe.errors import EnvironmentProblem, MoepipeError, SpecError
 from orchestrator import console
 from orchestrator.doctor import port_is_free
 from orchestrator.executors.ray_env import prepare_environment, remove_dead_sessions
-from serve.config import ServeConfig, checked
+from serve.config import ServeConfig, checked, require_closed
 from serve.http.problems import Refused
 
 if TYPE_CHECKING:
@@ -242,9 +242,11 @@ def start(settings: Mapping[str, Any]) -> ServeConfig:
     """Start the application on the Ray that this process is connected to, and wait until it answers.
 
     Raises:
+        SpecError: the settings do not fit, or others would reach the server without a token.
         EnvironmentProblem: the port is taken, or the replicas do not start.
     """
     config = checked(settings)
+    require_closed(config)
     if not port_is_free(config.port, config.host):
         raise EnvironmentProblem(f"Port {config.port} on {config.host} is in use.", "Take another one with --port.")
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -277,6 +279,7 @@ def run(settings: Mapping[str, Any]) -> None:
     from serve.loading import locate
 
     config = checked(settings)
+    require_closed(config)
     parts = locate(config.model, config.store_url, config.name)
     with _embedded_ray(config.replicas + 1):
         previous = signal.signal(signal.SIGTERM, _interrupt)  # after Ray, which puts one of its own in place

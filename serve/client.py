@@ -179,7 +179,14 @@ class Client(ClientBase):
         return self._json(start_call(name, images, settings))
 
     def stream(self, name: str, images: Images, **settings: Any) -> dict[str, Any]:
-        """Feed the next images of a stream to the state ``name``; returns predictions, and the state that followed."""
+        """Feed the next images of a stream to the state ``name``; returns predictions, and the state that followed.
+
+        Args:
+            name: of the state.
+            images: as :meth:`predict`.
+            settings: ``method``, ``options``, ``step_cap`` and ``idempotency_key`` as :meth:`adapt`; without a key
+                nothing is sent twice.
+        """
         return self._json(stream_call(name, images, settings))
 
     def job(self, job: str) -> dict[str, Any]:

@@ -103,9 +103,19 @@ def checked(values: Mapping[str, Any]) -> ServeConfig:
         raise SpecError(f"There is no token file {config.tokens_file}.", "Make it: one tenant:token a line, mode 0600.")
     if config.samples is not None and not Path(config.samples).is_dir():
         raise SpecError(f"There is no folder {config.samples} with samples.", "Check the path.")
-    if config.front == "direct" and not config.is_loopback and config.tokens_file is None:
+    if config.front == "direct":
+        require_closed(config)
+    return config
+
+
+def require_closed(config: ServeConfig) -> None:
+    """Refuse to listen where others reach the server without any token; by either front, on this machine.
+
+    Raises:
+        SpecError: it would.
+    """
+    if not config.is_loopback and config.tokens_file is None:
         raise SpecError(
             f"Listening on {config.host} lets everybody who reaches this machine use the server.",
             "Give a token file (--tokens FILE), or listen on 127.0.0.1.",
         )
-    return config

@@ -83,11 +83,24 @@ class Planner:
             raise too_large("A support set", len(request.images), self.max_images, "images")
         if request.step_cap is not None and not 1 <= request.step_cap <= self.max_steps:
             raise SpecError(f"The step cap is {request.step_cap}.", f"Allow between 1 and {self.max_steps} steps.")
+        self._require_used(request)
         method = self.method(request.method, request.options).capped(request.step_cap or self.max_steps)
         chosen = method.config.model_dump(mode="json")
         if "rates" in chosen and "rates" not in request.options:
             del chosen["rates"]  # hundreds of numbers that belong to the model
         return Plan(request, method, chosen, self.model.info.version)
+
+    def _require_used(self, request: AdaptRequest) -> None:
+        """Raises SpecError for an option that the rates which the model learned would leave without effect."""
+        learned, asked = self.model.defaults.get(request.method, {}), request.options
+        if not learned.get("rates") or "rates" in asked:
+            return
+        for name in ("inner_lr", "adapt"):
+            if name in asked and asked[name] != learned.get(name):
+                raise SpecError(
+                    f"{name}={asked[name]!r} has no effect: this model learned a rate for each tensor, which replaces it.",
+                    f'Leave it out, or send "rates": {{}} beside {name} to adapt without the learned rates.',
+                )
 
     def method(self, name: str, options: Mapping[str, Any]) -> Adaptation[Any]:
         """The method with ``options`` over what the model learned in training and what a server adds.

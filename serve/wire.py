@@ -24,6 +24,7 @@ Images = Sequence[Picture] | NDArray[Any]
 
 NPY = "application/x-npy"
 HEADER_LENGTH = "Inference-Header-Content-Length"
+_STREAMED = ("method", "options", "step_cap")
 _ERRORS: Mapping[int, type[MoepipeError]] = {
     400: SpecError,
     401: SpecError,
@@ -149,11 +150,19 @@ def adapt_call(
 
 
 def stream_call(name: str, images: Images, settings: Mapping[str, Any]) -> Call:
-    """The next images of a stream. Not idempotent: the state moves with each."""
+    """The next images of a stream. Idempotent only under a key: the state moves with each.
+
+    Raises:
+        SpecError: a setting that streams do not have.
+    """
     told = dict(settings)
+    key = told.pop("idempotency_key", None)
+    for unknown in sorted(set(told) - set(_STREAMED)):
+        raise SpecError(f"A stream has no setting {unknown!r}.", f"It has {', '.join(_STREAMED)}, idempotency_key.")
     if told.get("options") is not None:
         told["options"] = json.dumps(dict(told["options"]))
-    return Call("POST", f"/v1/stream/{quote(name, safe='')}", {**_body(images), "params": _fields(**told)})
+    call = Call("POST", f"/v1/stream/{quote(name, safe='')}", {**_body(images), "params": _fields(**told)}, bool(key))
+    return call if key is None else _with_settings(call, key)
 
 
 def _with_settings(call: Call, key: str) -> Call:

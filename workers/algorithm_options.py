@@ -46,6 +46,13 @@ def make_algorithm(
             f"{block.name!r} is not an algorithm that one supervised stage can run.", nearest(block.name, SUPERVISED)
         )
     kind = algorithm(block.name)
+    given = [name for name in ("backbone", "train") if name in block.options]
+    if given:
+        where = {"backbone": "backbone", "train": "training"}[given[0]]
+        raise SpecError(
+            f"The options of {block.name} have {given[0]!r}, which comes from the stage.",
+            f"Write it into the stage's `{where}`.",
+        )
     train = {name: getattr(settings, name) for name in _SHARED}
     if train["epochs"] is not None:
         train["steps"] = None  # one of the two; the stage's own loop counts

@@ -88,6 +88,7 @@ def distill(config: dict[str, Any]) -> None:
     distributed = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     _check_tasks(settings, world_size)
+    _check_student(job)
     device = setup(job.threads, settings.device, rank).device
     data = load_data(job.dataset, job.options, Path(job.data_root))
     with ExitStack() as stack:
@@ -113,6 +114,22 @@ def _check_tasks(settings: DistillSettings, world_size: int) -> None:
             f"Order {settings.meta.order!r} with ep_size={settings.ep_size} has "
             f"{settings.tasks_per_step} tasks per step for {world_size} ranks.",
             "Make tasks_per_step a multiple of the number of ranks, or use order: second.",
+        )
+
+
+def _check_student(job: DistillJob) -> None:
+    """Refuse a student that cannot be rebuilt afterwards, and a block for one that has its own."""
+    meta, asked = job.student.meta, job.settings.moe
+    if "backbone" not in meta:
+        raise SpecError(
+            f"The student is a network of form {meta.get('form')!r}, whose record says no backbone.",
+            "Wire a network that a train, jetpack_train or m2mkd stage made of a backbone.",
+        )
+    own = meta.get("moe")
+    if own is not None and asked is not None and own != asked.model_dump(mode="json"):
+        raise SpecError(
+            "training.moe asks for an MoE block, but the student has one of other settings already.",
+            "Set training.moe to null, or wire a student without a block.",
         )
 
 

@@ -41,7 +41,9 @@ class DistillSettings(BaseModel):
         default=1, ge=1, description="ranks that share the block's experts", json_schema_extra={"cache": False}
     )
     optimizer: Literal["adam", "adamw", "sgd"] = Field(default="adam", description="sgd has momentum 0.9")
-    weight_decay: float = Field(default=0.0, ge=0, description="L2 (Adam, SGD) or decoupled (AdamW)")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="L2 (Adam, SGD) or decoupled (AdamW); not of learned rates"
+    )
     schedule: Literal["exponential", "cosine", "constant"] = Field(
         default="exponential", description="exponential: per epoch; cosine: warm-up over warmup_epochs, per step"
     )
@@ -86,6 +88,20 @@ class DistillSettings(BaseModel):
             raise ValueError("give epochs or steps")
         if self.moe is not None and self.moe.num_experts % self.ep_size:
             raise ValueError(f"moe.num_experts={self.moe.num_experts} is not a multiple of ep_size={self.ep_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _effective(self) -> DistillSettings:
+        fields, block = type(self).model_fields, self.moe
+        if self.rates_lr != fields["rates_lr"].default and not self.meta.learn_rates:
+            raise ValueError(f"rates_lr={self.rates_lr} has no effect without meta.learn_rates; leave it out")
+        if block is not None and block.dropless:
+            default = StudentMoESpec.model_fields["capacity_factor"].default
+            if block.capacity_factor != default:
+                raise ValueError(
+                    f"moe.capacity_factor={block.capacity_factor} has no effect while moe.dropless is true; set it to "
+                    "false, or leave capacity_factor out"
+                )
         return self
 
 

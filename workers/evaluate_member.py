@@ -12,7 +12,7 @@ from workers.context import Context, Input, run_seed
 from workers.datasets.base import DomainData
 from workers.device import setup
 from workers.evaluation import EvaluationOptions, evaluate_methods
-from workers.evaluation_methods import Models, TokenSource, adaptation_of, standard_methods
+from workers.evaluation_methods import Method, Models, TokenSource, adaptation_of, slug, standard_methods
 from workers.evaluation_result import EvaluationResult
 from workers.features import FeatureTable
 from workers.loop import mix
@@ -59,12 +59,9 @@ def evaluate_member(data: DomainData, settings: EvaluateSettings, context: Conte
     methods = standard_methods(models, adaptations, data.info.task, settings.labels)
     if not methods:
         raise SpecError("There is nothing to evaluate.", "Wire erm, student, aggregator or oracle to the stage.")
-    transform = wired.transform() or transform_for(
-        data.info,
-        settings.image_size or wired.image_size(),
-        train=False,
-        official_rxrx1_eval=settings.official_rxrx1,
-    )
+    for row in _left_out(adaptations, methods, settings.labels):
+        context.log(f"{row} is left out: the network has no BatchNorm, or the task is a regression.")
+    transform = _transform(data, settings, wired)
     result = evaluate_methods(
         data,
         domain_rows(data, settings.split, settings.protocol, settings.support, settings.limit),
@@ -146,10 +143,9 @@ class _Wired:
             table, extractors, [f"expert {number}" for number in range(max(len(features), len(experts)))]
         )
 
-    def image_size(self) -> int | None:
-        """Side of the images that the networks were trained on."""
-        networks = self._networks()
-        return networks[0].meta.get("image_size") if networks else None
+    def image_sizes(self) -> list[int | None]:
+        """Sides of the images that the networks were trained on; None is the official size."""
+        return [artifact.meta.get("image_size") for artifact in self._networks()]
 
     def transform(self) -> Transform | None:
         """The preprocessing that the network was trained behind, where its record says so."""
@@ -169,6 +165,34 @@ class _Wired:
         return {f"{port}_steps": a.meta["steps"] for port, a in found.items() if a is not None and "steps" in a.meta}
 
 
+def _transform(data: DomainData, settings: EvaluateSettings, wired: _Wired) -> Transform:
+    """Preprocessing of the images: what the networks were trained behind, or as the settings say.
+
+    Raises:
+        SpecError: settings that the networks' own preprocessing leaves without effect, or networks of several sizes.
+    """
+    if settings.official_rxrx1 and data.info.name != "rxrx1":
+        raise SpecError(f"official_rxrx1 is about rxrx1; the data set is {data.info.name}.", "Leave it out.")
+    own = wired.transform()
+    if own is not None:
+        if settings.image_size is not None or settings.official_rxrx1:
+            name = "official_rxrx1" if settings.image_size is None else f"image_size={settings.image_size}"
+            raise SpecError(
+                f"{name} has no effect here: the network's record says behind which preprocessing it was trained.",
+                "Leave it out.",
+            )
+        return own
+    sizes = [settings.image_size] if settings.image_size is not None else wired.image_sizes() or [None]
+    found = [transform_for(data.info, size, train=False, official_rxrx1_eval=settings.official_rxrx1) for size in sizes]
+    if len({transform.identity for transform in found}) > 1:
+        told = ", ".join("the official size" if size is None else f"{size} pixels" for size in sizes)
+        raise SpecError(
+            f"The networks were trained on images of several sizes ({told}).",
+            "Evaluate them in a stage each, or set image_size.",
+        )
+    return found[0]
+
+
 def _adaptations(settings: EvaluateSettings, wired: _Wired, task: str) -> dict[str, dict[str, Adaptation[Any]]]:
     """Adaptations of the networks that are wired; ``distill`` starts from what the student was meta-trained for."""
     found: dict[str, dict[str, Adaptation[Any]]] = {}
@@ -181,10 +205,31 @@ def _adaptations(settings: EvaluateSettings, wired: _Wired, task: str) -> dict[s
             own = dict(options)
             if name == "distill":
                 learned: Mapping[str, Any] = artifact.meta.get("adaptation", {})
+                without = [key for key in ("inner_lr", "adapt") if key in own]
+                if learned.get("rates") and "rates" not in own and without:
+                    raise SpecError(
+                        f"distill has {without[0]}={own[without[0]]!r}, but the student learned a rate for each "
+                        "tensor, which replaces it.",
+                        f"Leave {without[0]} out, or set rates: {{}} beside it to adapt without the learned rates.",
+                    )
                 mine = {k: v for k, v in learned.items() if k in ("inner_lr", "adapt", "rates")}
                 own = {**mine, "steps": learned.get("inner_steps", 1), **own}
             found[owner][name] = adaptation_of(name, own)
     return found
+
+
+def _left_out(
+    adaptations: Mapping[str, Mapping[str, Any]], methods: Sequence[Method], labels: Mapping[str, str]
+) -> list[str]:
+    """Adaptations that were asked for and make no sense for their network: no rows of the table."""
+    made = {method.name for method in methods}
+    asked = [
+        f"{slug(labels[owner]) if owner in labels else owner}_{kind}"
+        for owner, kinds in adaptations.items()
+        for kind in kinds
+        if kind != "none"
+    ]
+    return [row for row in asked if row not in made]
 
 
 def _headline(result: EvaluationResult) -> dict[str, float]:

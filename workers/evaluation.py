@@ -22,7 +22,7 @@ from workers.context import Reporter
 from workers.datasets.base import DomainData, IntArray
 from workers.evaluation_cost import IMAGES, latency_ms, model_cost
 from workers.evaluation_methods import ImageSource, Method, TokenSource
-from workers.evaluation_result import Attention, Curve, EvaluationResult, StreamResult
+from workers.evaluation_result import Attention, Curve, EvaluationResult, LossPair, StreamResult
 from workers.evaluation_scores import Scorer, Scores, method_results
 from workers.intervals import PairedBootstrap
 from workers.loop import mix
@@ -195,10 +195,10 @@ class _Runner:
 
     def _all_domains(
         self, domains: Sequence[DomainRows], methods: Sequence[Method], part: int
-    ) -> tuple[dict[str, FloatArray], dict[str, list[tuple[float, float]]], list[NDArray[np.float64]]]:
+    ) -> tuple[dict[str, FloatArray], dict[str, list[LossPair]], list[NDArray[np.float64]]]:
         """Logits ``[N, K]`` and adaptation losses by method, and the attention mass ``[E]`` by domain."""
         parts: dict[str, list[FloatArray]] = {method.name: [] for method in methods}
-        losses: dict[str, list[tuple[float, float]]] = {}
+        losses: dict[str, list[LossPair]] = {}
         mass: list[NDArray[np.float64]] = []
         for number, domain in enumerate(domains):
             deltas: dict[str, Mapping[str, Tensor]] = {}
@@ -206,8 +206,7 @@ class _Runner:
                 result = self.adapt(method, method.model, domain.adapt, domain.domain)
                 deltas[method.name] = {} if result is None else result.delta
                 if result is not None and result.loss_before is not None:
-                    after = result.loss_before if result.loss_after is None else result.loss_after
-                    losses.setdefault(method.name, []).append((result.loss_before, after))
+                    losses.setdefault(method.name, []).append((result.loss_before, result.loss_after))
             if self.aggregator is not None and self.tokens is not None and part == 0:
                 mass.append(attention_mass(self.aggregator, self._tokens(domain.adapt)))
             for piece in chunks(domain.score, self.options.batch_size):

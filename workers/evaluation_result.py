@@ -19,6 +19,7 @@ from moe.errors import CheckpointError, NotFoundError
 
 RESULT_FILE, LOGITS_FILE = "evaluation.json", "logits.safetensors"
 FORMAT = 1
+LossPair = tuple[float, float | None]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class MethodResult:
         intervals: bootstrap intervals of the selection metric, ``domain_mean`` and ``domain_worst``.
         reference: the method that is the same model without this adaptation, or empty.
         gains: difference to the reference, paired, with intervals: selection metric, ``domain_mean``, ``domain_worst``.
-        losses: per domain the adaptation loss before and after its step, where the method has one.
+        losses: per domain the adaptation loss before and after its step, where the method has one; after is None where
+            the method does not measure it.
         cost: of its model: ``parameters``, ``active_parameters``, ``flops`` (``workers.evaluation_cost``).
     """
 
@@ -57,7 +59,7 @@ class MethodResult:
     intervals: dict[str, Bounds] = field(default_factory=dict)
     reference: str = ""
     gains: dict[str, Bounds] = field(default_factory=dict)
-    losses: list[tuple[float, float]] = field(default_factory=list)
+    losses: list[LossPair] = field(default_factory=list)
     cost: dict[str, float] = field(default_factory=dict)
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from moe.losses import predict
 from workers.datasets.base import DomainData, IntArray
 from workers.evaluation_methods import Method
-from workers.evaluation_result import Bounds, MethodResult
+from workers.evaluation_result import Bounds, LossPair, MethodResult
 from workers.intervals import PairedBootstrap, Statistic
 from workers.metrics import domain_score, score
 
@@ -86,7 +86,7 @@ class Scorer:
 def method_results(
     methods: Sequence[Method],
     logits: Mapping[str, Array],
-    losses: Mapping[str, Sequence[tuple[float, float]]],
+    losses: Mapping[str, Sequence[LossPair]],
     scorer: Scorer,
     metric: str,
     bootstrap: PairedBootstrap | None,

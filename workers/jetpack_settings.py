@@ -31,6 +31,23 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+_GRAPH_FIELDS = {
+    "weights": ("metis",),
+    "resolution": ("louvain",),
+    "trials": ("spectral",),
+    "seed": ("louvain", "spectral"),
+}
+"""Options of a partition -> the methods that read them."""
+
+
+def _unused(block: BaseModel, name: str, fields: tuple[str, ...], why: str) -> None:
+    """Refuse values that nothing reads (ValueError)."""
+    for field in fields:
+        value = getattr(block, field)
+        if value != type(block).model_fields[field].default:
+            raise ValueError(f"{name}.{field}={value} has no effect with {why}; leave it out.")
+
+
 class StatisticsSettings(_Settings):
     """One pass over images, which says how important the predecessor's channels and neurons are."""
 
@@ -54,6 +71,13 @@ class StatisticsSettings(_Settings):
     @model_validator(mode="after")
     def _fits(self) -> StatisticsSettings:
         family_of(self.predecessor, "predecessor")
+        if self.seed != 0 and self.order != "random":
+            raise ValueError(f"seed={self.seed} has no effect: it is of the random sample, and order is {self.order}.")
+        own = self.statistics
+        if own.averaging != "groups":
+            _unused(own, "statistics", ("group",), f"averaging: {own.averaging}")
+        if own.threshold != "percentile":
+            _unused(own, "statistics", ("percentile",), f"threshold: {own.threshold}")
         return self
 
 
@@ -82,6 +106,13 @@ class Start(_Settings):
             raise ValueError("experts: fresh has a meaning only for a recycled network with experts.")
         if self.source == "donor" and (self.recycle is None or self.needs_statistics):
             raise ValueError("source: donor goes with copy, random and uniform; statistics are the predecessor's.")
+        if self.recycle is not None:
+            graph, select = self.recycle.graph, self.recycle.select
+            if select != "co_act" and graph != type(graph)():
+                raise ValueError(f"recycle.graph has no effect with select: {select}; it is for co_act. Leave it out.")
+            for field, methods in _GRAPH_FIELDS.items():
+                if graph.method not in methods:
+                    _unused(graph, "recycle.graph", (field,), f"method: {graph.method}")
         return self
 
     @property

@@ -73,6 +73,7 @@ def evaluate_member(
     parts: list[tuple[str, DomainData, str, IntArray | None]] = [(split, data, split, None) for split in splits]
     parts += [(name, other, "test", shared_classes(data, other)) for name, other in others.items()]
     records = []
+    counts = {part: len(rows_of(own, (split,))) for part, own, split, _ in parts}
     for artifact in models:
         network = read_network(artifact, quiet=config.parity == "fixed").to(device)
         side, noisy = int(artifact.meta["image_size"]), artifact.meta["form"] == "circuit"
@@ -82,6 +83,7 @@ def evaluate_member(
             rows = rows_of(own, (split,))
             if official and not noisy and len(rows) >= batch_size:
                 rows = rows[: len(rows) // batch_size * batch_size]
+                counts[part] = len(rows)
             reader, times = eval_reader(own, side, config.augment, 0), draws if noisy and official else 1
             scores[part] = _mean_scores(network, own, rows, reader, batch_size, device, columns, times, context.seed)
         record = {**_described(artifact, network), "scores": scores, "few_shot": None}
@@ -97,7 +99,7 @@ def evaluate_member(
         "title": data.info.title,
         "metric": metric,
         "splits": [part for part, *_ in parts],
-        "rows": {part: len(rows_of(own, (split,))) for part, own, split, _ in parts},
+        "rows": counts,
         "few_shot": None if shots is None else shots.model_dump(mode="json"),
         "miniature": any("_miniature" in one.value_names for one in (data, *others.values())),
         "models": records,

@@ -34,7 +34,7 @@ from workers.transforms import IMAGENET_MEAN, IMAGENET_STD, Transform, transform
 
 def is_plain(augment: Augmentation) -> bool:
     """Whether training images are those of evaluation: nothing is drawn, so what a network says can be kept."""
-    return augment.randaugment is None and augment.erasing == 0 and augment.color_jitter == 0
+    return augment.plain
 
 
 def mixes(augment: Augmentation) -> bool:

@@ -84,11 +84,14 @@ def fill_method(values: Any) -> Any:
 
 
 def check_method(config: Config) -> Config:
-    """Refuse what would only fail after a phase has been trained.
+    """Refuse what would only fail after a phase has been trained, or have no effect.
 
     Raises:
-        ValueError: stitches that do not have the meta model's width, a circuit's module without settings.
+        ValueError: stitches that do not have the meta model's width, a circuit's module without settings, a setting
+            that this kind of model or phase does not have.
     """
+    if lost := without_effect(config):
+        raise ValueError(lost)
     try:
         if config.vmoe is not None:
             model = config.vmoe
@@ -114,6 +117,37 @@ def check_method(config: Config) -> Config:
     except SpecError as error:
         raise ValueError(str(error)) from None
     return config
+
+
+def without_effect(config: Config) -> str:
+    """The first setting that nothing would read, and what to do; empty when there is none."""
+    for name in ("teacher", "meta", "vmoe"):
+        spec = getattr(config, name)
+        if spec is not None and spec.drop_path > 0:
+            return f"{name}.drop_path={spec.drop_path} has no effect: each phase has its own; set drop_path there."
+    if config.vmoe is not None:
+        given = {
+            "circuit_students": config.circuit_students is not None,
+            "graph_sparsity": config.graph_sparsity is not None,
+            "assemble.student_type": config.assemble.student_type != "imagenet",
+            "assemble.resize_grid": config.assemble.resize_grid,
+        }
+    else:
+        own = config.circuit.latent_graph_kwargs.path_drop_prob if config.circuit is not None else 0.0
+        if config.e2e.drop_path not in (0.0, own):
+            return (
+                f"e2e.drop_path={config.e2e.drop_path} has no effect on a circuit; its stochastic depth is "
+                f"circuit.latent_graph_kwargs.path_drop_prob={own}."
+            )
+        given = {"assemble.keep_stitches": config.assemble.keep_stitches}
+    kind = "V-MoE" if config.vmoe is not None else "circuit"
+    for name, there in given.items():
+        if there:
+            return f"{name} has no effect on a {kind}; leave it out."
+    few = config.fs
+    if few is not None and (few.clip is not None or few.layer_decay < 1 or few.accumulate > 1):
+        return "fs: few-shot episodes train one layer on whole episodes; leave clip, layer_decay and accumulate out."
+    return ""
 
 
 def packaged_problem(spec: ViTSpec) -> str:

@@ -6,12 +6,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from moe.errors import SpecError, nearest
 from workers.context import Context
 from workers.distill_job import RESULT_FILE
-from workers.evaluation_result import EvaluationResult
+from workers.evaluation_result import EvaluationResult, order_of
 from workers.figures import adaptation_curve, attention_map, domain_bars, method_bars, training_curves
 from workers.report_page import Figure, ReportPage, render
 from workers.results_table import combine
+
+BARS = ("student", "student_distill")
+"""Methods of the per-domain bars unless the stage names others; left out where they were not evaluated."""
 
 
 def write_report(config: Mapping[str, Any], context: Context) -> dict[str, Any]:
@@ -23,6 +27,7 @@ def write_report(config: Mapping[str, Any], context: Context) -> dict[str, Any]:
 
     Raises:
         DataError: the evaluations are of different data sets or protocols.
+        SpecError: bars are asked for of methods that were not evaluated.
     """
     results = [EvaluationResult.load(artifact.path) for artifact in context.inputs["metrics"]]
     table = combine(results)
@@ -38,7 +43,7 @@ def write_report(config: Mapping[str, Any], context: Context) -> dict[str, Any]:
         table=table,
         results=results,
         figures=list(figures.values()),
-        settings={"selection": "best validation state; test domains are never looked at", **results[0].settings},
+        settings=_settings(results),
         command=str(config["command"]),
     )
     output = context.output
@@ -51,6 +56,16 @@ def write_report(config: Mapping[str, Any], context: Context) -> dict[str, Any]:
     (output / "report.html").write_text(render(page))
     context.log("\n" + text)
     return {"title": config["title"], "figures": sorted(figures), "seeds": len(results)}
+
+
+def _settings(results: list[EvaluationResult]) -> dict[str, Any]:
+    """What the evaluations record; one value where all that have it agree, else one for each network and seed."""
+    found: dict[str, dict[str, Any]] = {}
+    for result in results:
+        for name, value in result.settings.items():
+            found.setdefault(name, {})[f"{result.methods[0].label}, seed {result.seed}:"] = value
+    return {name: own if len({json.dumps(v) for v in own.values()}) > 1 else next(iter(own.values()))
+            for name, own in found.items()}  # fmt: skip
 
 
 def _histories(context: Context) -> dict[str, list[dict[str, float]]]:
@@ -77,6 +92,12 @@ def _figures(
         )
     before, after = config["before"], config["after"]
     both = [result for result in results if {before, after} <= {method.name for method in result.methods}]
+    if not both and (before, after) != BARS:
+        names = [name for name, _ in order_of(results)]
+        unknown = next((name for name in (before, after) if name not in names), None)
+        if unknown is not None:
+            raise SpecError(f"There is no method {unknown!r} to draw in the bars.", nearest(unknown, names))
+        raise SpecError(f"No evaluation holds both {before!r} and {after!r}.", "Name methods of one evaluation.")
     if both:
         found["domains"] = Figure(
             "Unseen domains, before and after adaptation",

@@ -112,7 +112,7 @@ def combine(results: Sequence[EvaluationResult]) -> Table:
     seeds = sorted({result.seed for result in results})
     count = f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
     return Table(
-        f"{first.title} ({first.split}, {first.protocol} protocol, {count})", columns, rows, _notes(first, seeds)
+        f"{first.title} ({first.split}, {first.protocol} protocol, {count})", columns, rows, _notes(results, seeds)
     )
 
 
@@ -149,14 +149,17 @@ def _row(name: str, label: str, columns: Sequence[Column], results: Sequence[Eva
     return Row(name, label, cells)
 
 
-def _notes(first: EvaluationResult, seeds: Sequence[int]) -> list[str]:
+def _notes(results: Sequence[EvaluationResult], seeds: Sequence[int]) -> list[str]:
+    first = results[0]
+    support = " or ".join(map(str, sorted({result.support_size for result in results})))
+    scored = " or ".join(map(str, sorted({sum(result.counts) for result in results})))
     adapted = {
-        "official": f"Adapted on the first {first.support_size} images of each domain, which are scored as well.",
-        "split": f"Adapted on up to {first.support_size} unlabelled images of each domain, scored on others.",
+        "official": f"Adapted on the first {support} images of each domain, which are scored as well.",
+        "split": f"Adapted on up to {support} unlabelled images of each domain, scored on others.",
     }
     return [
         f"Seeds {', '.join(map(str, seeds))}; ± is the standard deviation over seeds. "
-        f"{len(first.domains)} domain{'s' * (len(first.domains) != 1)}, {sum(first.counts)} scored images.",
+        f"{len(first.domains)} domain{'s' * (len(first.domains) != 1)}, {scored} scored images.",
         adapted.get(first.protocol, ""),
         "Gain: difference to the same model without adaptation, paired within each seed.",
     ]

@@ -60,6 +60,8 @@ class TrainSettings(BaseModel):
     def _length(self) -> TrainSettings:
         if self.epochs is None and self.steps is None:
             raise ValueError("give epochs or steps")
+        if self.drop_last and self.sampling != "rows":
+            raise ValueError(f"drop_last=true has no meaning for sampling={self.sampling}, whose batches are all full.")
         return self
 
 

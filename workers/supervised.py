@@ -31,6 +31,12 @@ def expert_domains(groups: Input | None, count: int, group: int | None) -> list[
         SpecError: a fan-out without a ``groups`` input, or one of another size.
     """
     if group is None:
+        made = 1 if groups is None else len(groups.meta["groups"])
+        if made > 1:
+            raise SpecError(
+                f"The split that is wired to `groups` made {made}, but groups is 1: one network of all domains.",
+                f"Set groups to {made}, or take the input away.",
+            )
         return None
     if groups is None:
         raise SpecError("groups is above 1 but nothing is wired to the input `groups`.", "Wire a `split` stage to it.")
@@ -87,6 +93,8 @@ def train_member(
     what = "all domains" if domains is None else f"domains {domains}"
     by = "" if algorithm is None else f" by {algorithm.name}"
     context.log(f"training {spec.name}{by} on {len(rows)} rows of {what}")
+    if method is None and (left := _left_out(spec)):
+        context.log(f"plain training has no {left}; name an `algorithm` that has one, e.g. gmoe or emoe.")
     result = train_model(
         settings,
         data,
@@ -116,6 +124,17 @@ def train_member(
         "scores": {name: round(float(value), 6) for name, value in result.scores.items()},
         **more,
     }
+
+
+def _left_out(spec: BackboneSpec) -> str:
+    """Losses in the settings of a sparse backbone that plain training does not know; empty without."""
+    asked = {
+        "gmoe.aux_weight": 0.0 if spec.gmoe is None or spec.gmoe.balance == "none" else spec.gmoe.aux_weight,
+        "emoe.aux_weight": 0.0 if spec.emoe is None or spec.emoe.gate_noise == 0 else spec.emoe.aux_weight,
+        "vmoe.balance_weight": 0.0 if spec.vmoe is None else spec.vmoe.balance_weight,
+    }
+    found = [f"{name}={weight:g}" for name, weight in asked.items() if weight > 0]
+    return f"balance loss of experts ({', '.join(found)})" if found else ""
 
 
 def initial_network(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moe.errors import SpecError, nearest
 from moe.models.emoe_spec import EMoESpec
@@ -154,8 +154,21 @@ class SearchSettings(SplitSettings):
                 "lora.freeze: adapters freeze the network already, and by the public rules a freezing flag there lets "
                 "everything else train. Leave it out."
             )
+        for name, own in (METHODS["gmoe"] or {}).items():
+            given = getattr(self.gmoe, name)
+            if given not in (own, EMoESpec.model_fields[name].default):
+                raise ValueError(
+                    f"gmoe.{name}={given} has no effect: the GMoE baseline has {name}: {own}. Leave it out."
+                )
         if len(set(self.methods)) < len(self.methods) or len(set(self.tunings)) < len(self.tunings):
             raise ValueError("methods and tunings must not repeat a name.")
+        for name in self.methods:
+            for experts, top_k in self.grid():
+                try:
+                    self.emoe_spec(name, experts, top_k)
+                except ValidationError as error:
+                    told = error.errors()[0]["msg"].removeprefix("Value error, ")
+                    raise ValueError(f"the method {name} does not go with these settings: {told}") from None
         return self
 
     def emoe_spec(self, method: str, num_experts: int, top_k: int) -> EMoESpec | None:

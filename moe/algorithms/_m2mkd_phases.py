@@ -85,11 +85,17 @@ class Phase(Settings):
 class Augmentation(Settings):
     """Training transforms and label mixing of the DeiT recipe."""
 
-    image_size: int = Field(default=224, ge=1, description="Side in pixels.")
+    image_size: int = Field(
+        default=224,
+        ge=1,
+        description="Side in pixels where a circuit is trained and tested; others have their own.",
+    )
     normalisation: Literal["data", "imagenet"] = Field(
         default="data", description="Of pixels: as the data set has it, or ImageNet's, for pretrained weights."
     )
-    interpolation: Literal["bicubic", "bilinear"] = Field(default="bicubic", description="Of crops and resizes.")
+    interpolation: Literal["bicubic", "bilinear"] = Field(
+        default="bicubic", description="Of random crops; images without augmentation are resized as their set asks."
+    )
     randaugment: str | None = Field(default="rand-m9-mstd0.5-inc1", description="timm's auto-augment policy.")
     color_jitter: float = Field(default=0.4, ge=0, description="Strength of colour jitter (without RandAugment).")
     erasing: float = Field(default=0.25, ge=0, le=1, description="Probability of random erasing, by pixels, once.")
@@ -99,7 +105,20 @@ class Augmentation(Settings):
     switch_prob: float = Field(default=0.5, ge=0, le=1, description="Probability of CutMix where both are on.")
     smoothing: float = Field(default=0.1, ge=0, lt=1, description="Label smoothing.")
     repeats: int = Field(default=3, ge=1, description="Repeated augmentation: copies of an image per epoch.")
-    crop: float = Field(default=224 / 256, gt=0, le=1, description="Centre crop of evaluation as a share of the size.")
+
+    @model_validator(mode="after")
+    def _crops(self) -> Augmentation:
+        if self.interpolation != "bicubic" and self.plain:
+            raise ValueError(
+                f"interpolation={self.interpolation} is of random crops, and randaugment, erasing and color_jitter are "
+                "off: leave it out."
+            )
+        return self
+
+    @property
+    def plain(self) -> bool:
+        """Whether training images are those of evaluation: nothing is drawn, so what a network says can be kept."""
+        return self.randaugment is None and self.erasing == 0 and self.color_jitter == 0
 
 
 def cosine_scheduler(

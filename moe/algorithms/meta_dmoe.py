@@ -58,7 +58,7 @@ class MetaPhase(Settings):
     student_lr: float = Field(gt=0, description="Outer rate beta_s of student and head (Adam).")
     aggregator_lr: float = Field(gt=0, description="Outer rate beta_t of the aggregator (Adam).")
     rates_lr: float = Field(default=1e-3, gt=0, description="Outer rate of learned inner rates (Adam).")
-    weight_decay: float = Field(default=0.0, ge=0, description="Of all groups.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Of student and aggregator, not of learned rates.")
     schedule: Literal["exponential", "cosine", "constant"] = Field(
         default="exponential",
         description="exponential: both rates, per epoch. cosine: the student's rate only, with warm-up.",

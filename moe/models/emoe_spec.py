@@ -88,6 +88,10 @@ class EMoESpec(BaseModel):
             raise ValueError("split=copy already gives every expert all neurons: leave expert_repeat out.")
         if self.normalize_gate and self.gate not in ("avg_k", "linear"):
             raise ValueError(f"normalize_gate has no meaning for gate={self.gate}.")
+        if self.gate_momentum and not self.is_avg_k:
+            raise ValueError(f"gate_momentum has no meaning for gate={self.gate}, which is learned.")
+        if self.value_norm_weighted and self.gate == "cosine":
+            raise ValueError("value_norm_weighted has no meaning for gate=cosine, which does not look at the keys.")
         self.router()
         return self
 

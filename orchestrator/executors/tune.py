@@ -39,6 +39,7 @@ PENDING_S = 300.0
 _DEATHS = 3
 _LOOK_S = 0.5
 _MOST_UPDATES = 10**7
+_TOLD = 12
 _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -278,8 +279,20 @@ class Conductor:
             outcome = Outcome("stopped", curve=curve, steps=curve[-1][0] if curve else None)
         try:
             self.search.settle(trial.number, outcome, "store" if outcome.reused else "run")
+            if outcome.state == "done" and outcome.blind is not None:
+                self._no_curve(outcome.blind)
         except MoepipeError as problem:
             self.give_up(problem)
+
+    def _no_curve(self, reported: Sequence[str]) -> None:
+        """A scheduler that never sees a score would let every trial run to its end. Raises SpecError."""
+        config = self.search.config
+        known = f" It reports {', '.join(reported[:_TOLD])}." if reported else ""
+        raise SpecError(
+            f"The scheduler {config.scheduler!r} looks at {curve_name(config)!r}, which no trial reports while it runs."
+            + known,
+            "Set `curve` to one of these, or scheduler: none." if reported else "Set scheduler: none.",
+        )
 
     def give_up(self, problem: MoepipeError) -> None:
         """End the search: nothing new starts, running trials stop at their next checkpoint."""

@@ -68,7 +68,9 @@ def perform(work: Work, point: Mapping[str, Any]) -> None:
         outcome = run_trial(work.maker, number, values, watch, _launcher(work), Path(work.stop).exists)
     if watch.ended is not None:
         raise watch.ended
-    last: dict[str, Any] = {OUTCOME: json.dumps({**asdict(outcome), "curve": (), "reused": reused})}
+    blind = sorted(watch.others) if work.curve is not None and not (watch.points or reused) else None
+    told = {**asdict(outcome), "curve": (), "reused": reused, "blind": blind}
+    last: dict[str, Any] = {OUTCOME: json.dumps(told)}
     if watch.points and outcome.state == "done":
         step, score = watch.points[-1]
         last |= {STEP: step + 1, SCORE: score}
@@ -118,6 +120,7 @@ class Watch:
         self._name = work.curve
         self._path = Path()
         self.points: list[tuple[int, float]] = []
+        self.others: set[str] = set()
         self.ended: SystemExit | None = None
         if work.curve is not None:
             store, key = store_of(work.maker.task), work.maker.key(values, 0).digest
@@ -138,6 +141,7 @@ class Watch:
         if self._name is None or signal.kind not in ("progress", "metrics"):
             return
         values = signal.data["values"]
+        self.others.update(values)
         step = signal.data.get("done") if signal.kind == "progress" else signal.data.get("step")
         if self._name not in values or step is None or (self.points and step <= self.points[-1][0]):
             return

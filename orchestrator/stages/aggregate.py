@@ -28,6 +28,16 @@ class AggregateConfig(StageConfig):
     def _preset(cls, values: Any) -> Any:
         return fill_preset(values)
 
+    @model_validator(mode="after")
+    def _fits(self) -> AggregateConfig:
+        for name in ("head_lr", "micro_batch", "image_size"):
+            if getattr(self.training, name) is not None:
+                raise ValueError(
+                    f"training.{name} has no effect on the aggregator, which reads cached features at one rate; leave "
+                    "it out."
+                )
+        return self
+
 
 class Stage(StageBase[AggregateConfig]):
     """Pre-train the aggregator on the experts' features."""

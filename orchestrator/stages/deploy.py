@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moe.errors import NotFoundError, SpecError, nearest
 from orchestrator.serving import IMPORT_PATH, serve_document, to_yaml
@@ -58,6 +58,12 @@ class DeployConfig(StageConfig):
         pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$",
         description="alias that the first seed's model gets there; moepipe promote makes it champion",
     )
+
+    @model_validator(mode="after")
+    def _registered(self) -> DeployConfig:
+        if self.register_as is None and self.alias != type(self).model_fields["alias"].default:
+            raise ValueError(f"alias belongs to register_as: without a name nothing gets the alias {self.alias!r}")
+        return self
 
 
 class Stage(StageBase[DeployConfig]):

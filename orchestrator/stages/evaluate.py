@@ -52,6 +52,23 @@ class EvaluateConfig(StageConfig):
     def _preset(cls, values: Any) -> Any:
         return fill_preset(values)
 
+    @model_validator(mode="after")
+    def _fits(self) -> EvaluateConfig:
+        outside = [size for size in self.curve if not 0 <= size <= self.support]
+        if outside:
+            raise ValueError(
+                f"curve={list(self.curve)}: a domain is adapted on at most support={self.support} images, so "
+                f"{outside[0]} would not be what it says; use sizes from 0 to {self.support}, or raise support."
+            )
+        for owner, kinds in self.adaptations.items():
+            for name, options in kinds.items():
+                if options.get("reset") is not None:
+                    raise ValueError(
+                        f"adaptations.{owner}.{name}.reset has no effect in an evaluation: the names of `streams` say "
+                        "when a model is reset; leave it out."
+                    )
+        return self
+
 
 class Stage(StageBase[EvaluateConfig]):
     """Adapt to every unseen domain and score all methods."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from orchestrator.stages._m2mkd import MethodConfig
 from orchestrator.stages.base import Member, Port, StageBase
@@ -21,7 +21,18 @@ class M2mkdEvaluateConfig(MethodConfig):
     draws: int = Field(
         default=1, ge=1, description="evaluations of a circuit whose mean is reported, where parity is official"
     )
-    batch_size: int = Field(default=128, ge=1, description="images per forward pass; moves the last bits")
+    batch_size: int = Field(
+        default=128,
+        ge=1,
+        description="images per forward pass; moves the last bits. With parity official a V-MoE's or ViT's last "
+        "incomplete batch is not scored",
+    )
+
+    @model_validator(mode="after")
+    def _draws(self) -> M2mkdEvaluateConfig:
+        if self.draws > 1 and self.method.parity != "official":
+            raise ValueError(f"draws={self.draws} has no effect: without method.parity official nothing is drawn.")
+        return self
 
 
 class Stage(StageBase[M2mkdEvaluateConfig]):

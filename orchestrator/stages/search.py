@@ -87,7 +87,9 @@ class SearchConfig(StageConfig):
         default=True, description="random and tpe: finished trials of the same stage that lie in the space count"
     )
     curve: str | None = Field(
-        default=None, description="what schedulers look at while a trial runs; null: val/NAME for scores.NAME"
+        default=None,
+        description="what schedulers look at while a trial runs, better in the direction of the (first) mode; "
+        "null: val/NAME for scores.NAME",
     )
     grace: int = Field(default=1, ge=1, description="updates before a scheduler may stop a trial")
     reduction: int = Field(default=3, ge=2, description="asha: one of so many trials goes on at each rung")

@@ -30,6 +30,12 @@ class SplitConfig(StageConfig):
     def _preset(cls, values: Any) -> Any:
         return fill_preset(values)
 
+    @model_validator(mode="after")
+    def _shuffled(self) -> SplitConfig:
+        if self.strategy == "ordered" and self.seed is not None:
+            raise ValueError(f"seed={self.seed} has no effect on strategy=ordered, which shuffles nothing.")
+        return self
+
 
 class Stage(StageBase[SplitConfig]):
     """Divide the training domains among the experts."""

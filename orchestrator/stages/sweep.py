@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from moe.errors import SpecError
+from moe.errors import NotFoundError, SpecError
 from moe.specs import BackboneSpec
 from orchestrator.stages.base import Member, StageBase, StageConfig
 from workers.context import Context
-from workers.domainbed.algorithms import MethodSpec, method_of
+from workers.domainbed.algorithms import MethodSpec, check_overrides, method_of
+from workers.domainbed.environments import SPLIT_OPTIONS
 from workers.domainbed.jobs import RESULTS, Job, Sweep, job_state, sweep_jobs
 from workers.domainbed.protocol import ProtocolName
+from workers.overlay import overlay
 
 
 class SweepConfig(StageConfig):
@@ -48,7 +51,8 @@ class SweepConfig(StageConfig):
     checkpoint_freq: int | None = Field(default=None, ge=1, description="updates between evaluations; null: the set's")
     holdout_fraction: float = Field(default=0.2, gt=0, lt=1, description="share of every domain kept as `out`")
     task: Literal["domain_generalization", "domain_adaptation"] = Field(
-        default="domain_generalization", description="official argument; part of a run's identity"
+        default="domain_generalization",
+        description="official argument; part of a run's identity. No algorithm here trains on unlabelled images",
     )
     uda_holdout_fraction: float = Field(
         default=0.0, ge=0, lt=1, description="share of a held-out domain's `in` set aside as unlabelled"
@@ -82,12 +86,50 @@ class SweepConfig(StageConfig):
     @model_validator(mode="after")
     def _known(self) -> SweepConfig:
         try:
-            for name in self.algorithms:
-                method_of(name, self.methods)
-            self.jobs()
+            methods = [method_of(name, self.methods) for name in self.algorithms]
+            self._check_held_out(self.jobs())
+            given = json.loads(self.hparams) if isinstance(self.hparams, str) else self.hparams
+            backbone = None if self.backbone is None else self.backbone.model_dump(exclude_defaults=True)
+            check_overrides(given or {}, methods, self.protocol, self.datasets, backbone)
+            self._check_effects(methods, given or {}, backbone or {})
         except SpecError as error:
             raise ValueError(str(error)) from None
         return self
+
+    def _check_held_out(self, jobs: Sequence[Job]) -> None:
+        """Every entry of ``test_envs`` belongs to a run."""
+        held_out = [job.train_args["test_envs"] for job in jobs]
+        for envs in map(list, self.test_envs):
+            if envs not in held_out:
+                raise SpecError(
+                    f"test_envs has {envs}, which no run of this sweep holds out.",
+                    "Domains are counted from 0; pairs stand in ascending order and need single_test_envs: false.",
+                )
+
+    def _check_effects(
+        self, methods: Sequence[MethodSpec], hparams: Mapping[str, Any], backbone: Mapping[str, Any]
+    ) -> None:
+        """Refuse what would be read and then change nothing."""
+        nested = self.dataset_options.get("source_options")
+        splits = sorted(SPLIT_OPTIONS & {*self.dataset_options, *(nested if isinstance(nested, Mapping) else ())})
+        if splits:
+            raise SpecError(
+                f"dataset_options has {splits[0]!r}, which only says what the set's own splits are; a sweep makes its "
+                "own.",
+                "Leave it out; which domains are held out is `test_envs`, and how much of a domain `holdout_fraction`.",
+            )
+        if any((overlay(backbone, method.config.get("backbone") or {})).get("emoe") for method in methods):
+            raise SpecError(
+                "A backbone has emoe, whose balance loss and gates only the algorithm emoe trains.",
+                "Give a dense backbone, and a method {algorithm: emoe, config: {emoe: ...}}.",
+            )
+        if self.merge and not any(_is_emoe(method, hparams) for method in methods):
+            raise SpecError(f"merge is on, and none of {', '.join(self.algorithms)} is an EMoE.", "Set merge to false.")
+        if self.task == "domain_adaptation" and not self.uda_holdout_fraction:
+            raise SpecError(
+                "task is domain_adaptation, and uda_holdout_fraction is 0: no image is set aside as unlabelled.",
+                "Set uda_holdout_fraction, as the public code demands, or leave task out.",
+            )
 
     def sweep(self) -> Sweep:
         """The official part."""
@@ -156,12 +198,23 @@ class Stage(StageBase[SweepConfig]):
         return sorted(methods | sets)
 
     def external(self, config: SweepConfig, data_root: str) -> Mapping[str, str]:
-        """The pretrained weights, so that a replaced file trains anew."""
+        """Files below the data root and pretrained weights, so that a replaced one trains anew.
+
+        Data, and weights of single methods, that are not there are left to the runs that need them.
+        """
         from workers.packaged_weights import weights_digest
 
-        specs = [config.backbone] if config.backbone else []
-        digests = {spec.name: weights_digest(spec.name, spec.pretrained, Path(data_root)) for spec in specs}
-        return {f"weights/{name}": digest for name, digest in digests.items() if digest}
+        root, common = Path(data_root), config.backbone
+        digests = {common.name: weights_digest(common.name, common.pretrained, root)} if common else {}
+        for method in dict.fromkeys(config.algorithms):
+            own = method_of(method, config.methods).config.get("backbone") or {}
+            if {"name", "pretrained"} & own.keys():
+                name = str(own.get("name", common.name if common else ""))
+                with suppress(NotFoundError):
+                    pretrained = own.get("pretrained", common.pretrained if common else False)
+                    digests[method] = weights_digest(name, pretrained, root)
+        found = {f"weights/{name}": digest for name, digest in digests.items() if digest}
+        return found | _fingerprints(config, root)
 
     def run(self, config: SweepConfig, member: Member, context: Context) -> Mapping[str, Any]:
         """Write ``results.jsonl`` and ``done``; ``meta`` has arguments, hyper-parameters and the whole sweep."""
@@ -172,6 +225,11 @@ class Stage(StageBase[SweepConfig]):
         expected = {"expected": config.expected()}
         if "records" in member.params and config.extends is not None:
             return {**take_over(Path(config.extends), args, member.params["records"], context), **expected}
+        if config.extends is not None and not Path(config.extends).expanduser().is_dir():
+            raise NotFoundError(
+                f"There is no folder {config.extends}, whose finished runs `extends` takes over.",
+                "Correct the path, which every node must see, or leave it out to train all runs.",
+            )
         settings = RunSettings(
             protocol=config.protocol,
             methods=config.methods,
@@ -189,8 +247,30 @@ class Stage(StageBase[SweepConfig]):
             routing=config.routing,
             merge=config.merge,
             resume_every=config.resume_every,
+            environments=config.environments,
         )
         return {**run_job(args, settings, context), **expected}
+
+
+def _is_emoe(method: MethodSpec, hparams: Mapping[str, Any]) -> bool:
+    """Whether a method is an EMoE, also by the hyper-parameters of its fork."""
+    return method.algorithm == "emoe" or (method.algorithm == "gmoe" and bool(hparams.get("MoE_from_ffn")))
+
+
+def _fingerprints(config: SweepConfig, root: Path) -> dict[str, str]:
+    """What the files of the data sets are, for those that have files."""
+    from workers.data import parse_options
+    from workers.datasets.base import DATASETS
+    from workers.domainbed.environments import DEALT, REGISTRY_NAMES
+
+    found = {}
+    for name in config.datasets:
+        own = REGISTRY_NAMES.get(name, name)
+        fingerprint = None if name in DEALT else getattr(DATASETS.load(own), "fingerprint", None)
+        if fingerprint is not None:
+            with suppress(NotFoundError):
+                found[f"files/{name}"] = fingerprint(root, parse_options(own, config.dataset_options))
+    return found
 
 
 def _finished(folder: str | None, job: Job) -> Path | None:

@@ -44,6 +44,11 @@ class TextPrepareConfig(StageConfig):
             raise ValueError(str(error)) from None
         if any(rows < 2 for rows in self.limit.values()):
             raise ValueError("limit needs at least 2 rows of each kind.")
+        if self.selection == "official" and "selection" in self.limit:
+            raise ValueError(
+                "limit.selection has no effect with selection: official, where the validation rows select; set "
+                "limit.validation, or selection: held_out."
+            )
         return self
 
 

@@ -42,10 +42,14 @@ class TrainConfig(StageConfig):
             return self
         if self.training.micro_batch is not None:
             raise ValueError("micro_batch cannot be combined with an algorithm, whose updates see the whole batch.")
+        if self.training.head_lr is not None:
+            raise ValueError("head_lr cannot be combined with an algorithm, which has parameter groups of its own.")
         try:
-            make_algorithm(self.algorithm, self.backbone, self.training)
+            method = make_algorithm(self.algorithm, self.backbone, self.training)
         except SpecError as error:
             raise ValueError(f"{error.message} {error.hint}".strip()) from None
+        if self.training.ema_decay is not None and method.averaging() is not None:
+            raise ValueError(f"ema_decay cannot be combined with {self.algorithm.name}, which averages the weights.")
         return self
 
 

@@ -180,12 +180,27 @@ async def stream(
     method: Method = None,
     options: Options = None,
     step_cap: StepCap = None,
+    dry_run: Annotated[bool, Query(include_in_schema=False)] = False,
     key: Key = None,
 ) -> Response:
-    """Let the state follow the next images of a stream, under the same guards, and predict them with what it became."""
+    """Let the state follow the next images of a stream, under the same guards, and predict them with what it became.
+
+    The settings may also be fields of the form. There is no dry run.
+    """
     backend, limits = backend_of(request), limits_of(request)
     upload = await read_images(request, backend, limits.max_rows)
-    asked = _request(request, tenant, name, method, options, step_cap, False, upload.images, key)
+    given = _Settings(upload.fields)
+    asked = _request(
+        request,
+        tenant,
+        name,
+        given.text("method", method),
+        given.text("options", options),
+        given.number("step_cap", step_cap),
+        given.flag("dry_run", dry_run),
+        upload.images,
+        key,
+    )
     answer = await backend.stream(asked)
     _observe(request, answer.report)
     report = report_json(answer.report)

@@ -13,6 +13,7 @@ from moe.backbones import (
     student_to_classifier,
 )
 from moe.errors import CheckpointError, SpecError
+from moe.jetpack_specs import JetViTSpec
 from moe.keymaps import meta_dmoe as keymap
 from moe.specs import BackboneSpec, StudentMoESpec
 
@@ -87,6 +88,7 @@ def test_new_head_has_the_asked_width_and_stem_the_asked_channels():
         ({"name": "vit_small_focus", "image_size": 96}, "use 98"),
         ({"name": "torchvision:resnet18", "last_relu": True}, "DenseNet family"),
         ({"name": "tiny_cnn", "chanels": 1}, "Extra inputs"),
+        ({"name": "jetvit", "jetvit": JetViTSpec(), "gmoe": {"drop_path": 0.5}}, "set jetvit.drop_path"),
     ],
 )
 def test_wrong_specs_are_refused(fields, message):

@@ -345,6 +345,8 @@ def test_bad_conversions_leave_the_network_alone():
         ({"num_experts": 4, "top_k": 2, "expert_repeat": 5}, "expert_repeat=5 is more"),
         ({"num_experts": 4, "top_k": 2, "split": "copy", "expert_repeat": 2}, "already gives every expert"),
         ({"num_experts": 4, "top_k": 2, "gate": "cosine", "normalize_gate": True}, "normalize_gate has no meaning"),
+        ({"num_experts": 4, "top_k": 2, "gate": "linear", "gate_momentum": 0.5}, "gate_momentum has no meaning"),
+        ({"num_experts": 4, "top_k": 2, "gate": "cosine", "value_norm_weighted": True}, "does not look at the keys"),
     ],
 )
 def test_contradictions_are_told(fields, message):

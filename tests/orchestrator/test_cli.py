@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from moe.errors import NotFoundError
 from orchestrator.cli import app
 from orchestrator.runs import RunStore
 from orchestrator.store import Store
@@ -79,9 +80,62 @@ def test_seeds_and_overrides_change_the_pipeline(folder):
     assert set(made["artifacts"]) == {"numbers/seed=5", "slow/seed=5", "report"}
 
 
+def test_a_timeout_that_nobody_keeps_is_told(folder):
+    timed = call("submit", "toy.yaml", *INLINE, "--quiet", "--set", "stages.slow.timeout_s=60").stderr
+    assert "warning: timeout_s of slow has no effect inline" in timed
+    assert "timeout_s" not in call("submit", "toy.yaml", *INLINE, "--quiet").stderr
+
+
 def test_dry_run_is_the_plan_and_makes_nothing(folder):
     assert document("submit", "toy.yaml", *INLINE, "--dry-run")["counts"] == {"hit": 0, "miss": 4, "blocked": 3}
     assert document("runs") == {"runs": []}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--on", "inline"), "--on inline and --cluster there.yaml are given"),
+        (("--dry-run",), "--dry-run plans for this machine"),
+        (("--store", "here"), "--store here is a folder"),
+        (("--detach",), "There is no file there.yaml"),
+    ],
+)
+def test_options_that_a_cluster_would_not_see_are_refused(folder, options, words):
+    code = 4 if "no file" in words else 2
+    assert words in call("submit", "toy.yaml", "--cluster", "there.yaml", *options, code=code).stderr
+
+
+def test_what_belongs_to_a_cluster_is_refused_without_one(folder):
+    assert "are for --cluster" in call("submit", "toy.yaml", "--dry-run", "--detach", code=2).stderr
+
+
+def test_doctor_asks_a_cluster_about_the_store_that_is_named(folder, monkeypatch):
+    from orchestrator import cluster_jobs
+
+    asked = []
+
+    class Jobs:
+        def __init__(self, address):
+            pass
+
+        def run_command(self, name, words):
+            asked.append(words)
+            raise NotFoundError("enough")
+
+    monkeypatch.setattr(cluster_jobs, "Jobs", Jobs)
+    options = ("--store", "s3://bucket/moepipe", "--data", "/data")
+    call("doctor", "--cluster", "http://127.0.0.1:1", *options, code=4)
+    assert asked == [["doctor", "--cluster", "auto", "--json", *options]]
+    assert "--store here is a folder" in call("doctor", "--cluster", "http://x:1", "--store", "here", code=2).stderr
+
+
+def test_quiet_travels_to_the_cluster(folder):
+    from orchestrator.cli_cluster import Submission
+    from orchestrator.loading import load
+
+    loaded = load(folder / "toy.yaml")
+    given = Submission(loaded.spec, loaded.graph, None, {}, "./.moepipe", None, True, False, quiet=True)
+    assert given.document("x")["quiet"] is True
 
 
 def test_plan_tells_hits_misses_and_reasons(done):

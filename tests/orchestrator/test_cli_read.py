@@ -37,6 +37,7 @@ def test_verify_finds_changed_bytes(done):
     file = Path(document("show", "latest", "report")["members"][0]["artifact"]["path"]) / "value.json"
     file.write_bytes(file.read_bytes().replace(b"value", b"vague"))
     assert "file value.json has other bytes" in call("show", "latest", "report", "--verify", code=6).stderr
+    assert "has other bytes" in call("show", "latest", "report", "--why", "--verify", code=6).stderr
 
 
 def test_logs_of_a_run_filter(done):

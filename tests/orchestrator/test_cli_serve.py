@@ -101,8 +101,17 @@ def test_ray_accepts_what_the_operator_and_the_stage_hand_on(folder, tmp_path): 
 def test_an_open_address_needs_tokens(folder):  # noqa: F811
     told = call("serve", "x", "--host", "0.0.0.0", code=2)
     assert "everybody who reaches this machine" in told.stderr
+    told = call("serve", "x", "--host", "0.0.0.0", "--front", "proxy", code=2)
+    assert "everybody who reaches this machine" in told.stderr
     told = call("serve", "x", "--tokens", "none.txt", code=2)
     assert "no token file" in told.stderr.lower()
+
+
+def test_options_of_another_document_are_refused(folder):  # noqa: F811
+    told = call("serve", "x", "--export", "s.yaml", "--image", "me/moe:1", code=2)
+    assert "--image is for --rayservice" in told.stderr
+    told = call("serve", "x", "--rayservice", "r.yaml", "--port", "9000", code=2)
+    assert "its pods listen on 0.0.0.0:8000" in told.stderr
 
 
 def test_settings_are_checked_all_at_once():
@@ -175,6 +184,12 @@ def test_the_deploy_stage_ties_a_config_to_a_digest(tmp_path, port):
     assert "registry" not in manifest
     named = Stage().run(DeployConfig(register_as="digits", alias="best"), Stage().members(DeployConfig())[0], context)
     assert named["registry"] == {"name": "digits", "alias": "best"}
+
+
+def test_an_alias_needs_a_name_in_the_registry():
+    with pytest.raises(ValueError, match="alias belongs to register_as"):
+        DeployConfig(alias="staging")
+    assert DeployConfig(alias="staging", register_as="digits").alias == "staging"
 
 
 def test_the_deploy_stage_wants_one_model(tmp_path):

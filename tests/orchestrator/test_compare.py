@@ -340,6 +340,8 @@ def test_runs_are_chosen_by_name_pattern_number_and_pipeline(runs, store):
     assert ids("alpha*") == ids("alpha") == ids(old) == ids(pipeline="alpha") == [old]
     assert ids(last=5) == ids("*") == ids(old, new) == [new, old]
     assert ids(pipeline="beta-x") == [new]
+    named = (store.folder / "runs" / old).rename(store.folder / "runs" / "first").name  # submit --run first
+    assert ids(pipeline="alpha") == [named]
     with pytest.raises(NotFoundError, match="no run 'gamma'"):
         ids("gamma")
     with pytest.raises(NotFoundError, match="No run is of pipeline"):
@@ -376,6 +378,30 @@ def test_every_form_has_every_row(place, tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert page.count("data:image/png;base64,") >= 3 and "http://" not in page and "<script" not in page
     assert json.loads(call("compare", "-f", "json").stdout) == document("compare")
+
+
+def test_the_summary_has_no_columns_of_domains_in_any_form(place):
+    for form, cell in (("md", "| left |"), ("latex", "& left"), ("html", "<th>left</th>")):
+        assert cell in call("compare", "-f", form).stdout
+        assert cell not in call("compare", "-f", form, "--by", "summary").stdout
+    assert "has no effect on csv" in call("compare", "-f", "csv", "--by", "summary", code=2).stderr
+
+
+def test_csv_has_the_score_that_was_asked_for(place):
+    table = list(csv.DictReader(io.StringIO(call("compare", "-f", "csv", "--metric", "macro_f1").stdout)))
+    assert float(table[2]["macro_f1 mean"]) == pytest.approx(0.65)
+
+
+def test_the_page_says_how_sure_only_of_the_score_it_tells(runs, place):
+    runs.run(GOOD, seeds=(0, 1, 2, 3, 4), name="many")
+    lead = "the difference to the baseline is"
+    assert lead in call("compare", "many", "-f", "html").stdout
+    assert lead not in call("compare", "many", "-f", "html", "--metric", "worst").stdout
+
+
+def test_the_page_names_the_command_that_makes_it_again(place):
+    options = ("--by", "summary", "--bootstrap", "domains", "--replicates", "300", "--watts", "65")
+    assert f"moepipe compare {' '.join(options)}" in call("compare", "-f", "html", *options).stdout
 
 
 def test_the_json_document(place):

@@ -190,6 +190,16 @@ def test_top_level_values_that_are_left_out_have_their_defaults(tmp_path):
     assert spec.params == {"options": {}}
 
 
+def test_what_is_set_and_not_referred_to_is_told(tmp_path):
+    path = write(tmp_path, TOY.replace("params: {n: 3}", "params: {n: 3, other: {a: 1}}"))
+    assert load(path, overrides=["params.n=4"]).warnings == ()
+    told = load(path, overrides=["params.other.a=2", "scale=paper", "dataset=digits5", "dataset_options.target=mfeat"])
+    paths = {warning.path for warning in told.warnings if "has no effect: nothing" in warning.message}
+    assert paths == {"params.other.a", "scale", "dataset", "dataset_options.target"}
+    assert "refers to ${scale}" in str(told.warnings)
+    assert load(path, profile="small").warnings == ()  # its scale is a label
+
+
 def test_environment_values_are_read_as_the_field_needs(tmp_path, monkeypatch):
     monkeypatch.setenv("TOY_COUNT", "2")
     monkeypatch.setenv("TOY_TEXT", "12")

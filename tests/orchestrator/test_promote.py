@@ -91,10 +91,16 @@ def test_the_champion_is_a_baseline(runs):
 
 
 @pytest.mark.parametrize(
-    "condition", [{}, {"at_least": 0, "significant": True}, {"baseline": "x", "metric": "worst", "significant": True}]
+    "condition",
+    [
+        {},
+        {"at_least": 0, "significant": True},
+        {"baseline": "x", "metric": "worst", "significant": True},
+        {"at_least": 0, "margin": 0.1},
+    ],
 )
 def test_a_condition_that_says_nothing_is_refused(condition):
-    with pytest.raises(ValueError, match=r"condition needs|significant needs"):
+    with pytest.raises(ValueError, match=r"condition needs|significant needs|margin needs"):
         PromotionSpec.model_validate(gate({"method": "erm", **condition})["promotion"])
 
 

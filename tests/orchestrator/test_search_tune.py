@@ -59,6 +59,13 @@ def test_asha_stops_bad_trials_early_and_a_repetition_runs_nothing(executor, sto
     assert all(again[trial["values"]["x"]] == "stopped" for trial in stopped)
 
 
+def test_a_curve_that_no_trial_reports_is_an_error(executor, store):
+    config = {"scheduler": "asha", "curve": "val/scoer", "concurrency": 1}
+    outcome, _ = go(pipeline(search(stage={"config": {"steps": 2}}, **config)), store, executor)
+    assert outcome.status == "failed"
+    assert "looks at 'val/scoer', which no trial reports while it runs. It reports val/score." in str(outcome.error)
+
+
 @pytest.mark.slow
 def test_a_search_that_is_stopped_keeps_its_trials(executor, store, tmp_path):
     stages = search({"x": {"choice": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]}}, stage={"config": {"steps": 40, "step_s": 0.05}})

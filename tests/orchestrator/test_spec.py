@@ -112,3 +112,11 @@ def test_strict_parsing_takes_what_yaml_can_write(raw):
 def test_strict_parsing_refuses_what_would_have_to_be_guessed(raw, loc):
     model, errors = parse(Filled, raw)
     assert model is None and {error["loc"][0] for error in errors} == {loc}
+
+
+def test_a_seed_of_a_split_that_shuffles_nothing_is_refused():
+    from orchestrator.stages.split import SplitConfig
+
+    assert SplitConfig(groups=3, seed=5).seed == 5
+    with pytest.raises(ValidationError, match="seed=5 has no effect on strategy=ordered"):
+        SplitConfig(groups=3, seed=5, strategy="ordered")

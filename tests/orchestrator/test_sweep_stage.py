@@ -117,3 +117,93 @@ class TestTables:
         for run in folder.iterdir():
             record = json.loads((run / RESULTS).read_text().splitlines()[0])
             assert job_id(record["args"]) == run.name
+
+
+def problem(**changes):
+    """The problem that a sweep with these settings has."""
+    with pytest.raises(ValidationError) as caught:
+        SweepConfig(**{**SWEEP, **changes})
+    return str(caught.value)
+
+
+class TestNoSettingIsIgnored:
+    """What would be read, put into the key and then change nothing is refused."""
+
+    @pytest.mark.parametrize(
+        ("envs", "message"),
+        [([[0], [7]], r"has \[7\]"), ([[0], [0, 1]], r"has \[0, 1\]"), ([[1, 0]], "ascending order")],
+    )
+    def test_held_out_domains_that_no_run_holds_out(self, envs, message):
+        with pytest.raises(ValidationError, match=message):
+            SweepConfig(**SWEEP, test_envs=envs)
+        assert len(SweepConfig(**SWEEP, test_envs=[[0], [0, 1]], single_test_envs=False).jobs()) == 4
+
+    @pytest.mark.parametrize(
+        ("hparams", "message"),
+        [
+            ({"lrr": 0.1}, "Did you mean 'lr'"),
+            ('{"nonlinear_classifier": true}', "'nonlinear_classifier', so True would have no effect"),
+            ({"topk": 2}, "'topk'"),
+            ({"mmd_gamma": 2.0}, "'mmd_gamma'"),
+            ({"resnet18": True}, "'resnet18'"),
+        ],
+    )
+    def test_hyper_parameters_that_no_method_reads(self, hparams, message):
+        assert message in problem(hparams=hparams)
+        assert SweepConfig(**{**SWEEP, "hparams": {"irm_lambda": 2.0, "nonlinear_classifier": False}})
+
+    def test_the_mixture_is_a_hyper_parameter_of_emoe_s_fork_alone(self):
+        from workers.domainbed.hparams import EMOE, EMOE_LARGE
+
+        emoe = {"protocol": "emoe_fork", "algorithms": ["GMOE"], "datasets": ["PACS"], "hparams": dict(EMOE)}
+        assert SweepConfig(**{**SWEEP, **emoe}, merge=True).merge
+        for changes in ({"protocol": "gmoe_fork"}, {"hparams": dict(EMOE_LARGE)}):
+            assert "would have no effect" in problem(**{**emoe, **changes})
+
+    @pytest.mark.parametrize("name", ["batch_size", "steps", "schedule", "evaluate_every"])
+    def test_training_settings_of_a_method_that_the_sweep_decides(self, name):
+        methods = {"X": {"algorithm": "erm", "config": {"train": {"lr": 0.1, name: 3}}}}
+        assert f"train.{name} has no effect" in problem(methods=methods, algorithms=["X"])
+
+    def test_options_that_only_split_a_set(self):
+        common = {"datasets": ["digits5"], "environments": {"digits5": 5}}
+        assert "test_envs" in problem(**common, dataset_options={"target": "synth", "per_domain": 100})
+        assert "'id_fraction'" in problem(**common, dataset_options={"source_options": {"id_fraction": 0.5}})
+        assert SweepConfig(**{**SWEEP, **common}, dataset_options={"per_domain": 100})
+
+    def test_experts_of_a_backbone_that_nothing_balances(self):
+        grouped = {"name": "timm:vit_tiny_patch16_224", "emoe": {"num_experts": 4, "top_k": 2}, "emoe_layers": [10]}
+        assert "only the algorithm emoe trains" in problem(backbone=grouped)
+        methods = {"X": {"algorithm": "coral", "config": {"backbone": grouped}}}
+        assert "only the algorithm emoe trains" in problem(methods=methods, algorithms=["X"])
+
+    def test_merging_without_an_emoe_and_adaptation_without_unlabelled_images(self):
+        assert "none of ERM, IRM is an EMoE" in problem(merge=True)
+        assert "uda_holdout_fraction" in problem(task="domain_adaptation")
+
+    def test_a_folder_to_go_on_from_that_is_not_there(self, tmp_path):
+        outcome, _ = submit(tmp_path, extends=str(tmp_path / "nowhere"))
+        assert f"There is no folder {tmp_path / 'nowhere'}" in str(outcome.error)
+
+    def test_another_data_root_is_a_miss(self, tmp_path):
+        from workers.datasets import pacs
+
+        config = SweepConfig(**{**SWEEP, "datasets": ["PACS"]})
+        assert Stage().external(config, str(tmp_path)) == {}
+        found = []
+        for seed in (0, 1):
+            pacs.miniature(tmp_path / str(seed), seed)
+            found.append(Stage().external(config, str(tmp_path / str(seed)))["files/PACS"])
+        assert found[0] != found[1]
+
+    def test_replaced_weights_of_a_method_s_own_network_are_a_miss(self, tmp_path):
+        weights = tmp_path / "a.safetensors"
+        own = {"algorithm": "erm", "config": {"backbone": {"name": "tiny_cnn", "pretrained": str(weights)}}}
+        config = SweepConfig(**{**SWEEP, "algorithms": ["X"]}, methods={"X": own})
+        found = []
+        for content in (b"a", b"b"):
+            weights.write_bytes(content)
+            found.append(Stage().external(config, str(tmp_path))["weights/X"])
+        assert found[0] != found[1]
+        weights.unlink()
+        assert Stage().external(config, str(tmp_path)) == {}

@@ -65,6 +65,12 @@ def test_a_point_alone_is_a_hit_and_the_table_compares(path, store):
     assert lines[0].split()[0] == "x" and len(lines) == 3 and lines[1].split()[0] == "0.1" and "±" in lines[1]
 
 
+def test_warnings_of_the_points_are_told_once(path):
+    swept = load_sweep(path, None, ["stages.total.resources.threads=4"], ["stages.score.config.x=0.1,0.3"])
+    (warning,) = swept.warnings
+    assert "4 threads on 1 reserved CPU cores" in warning
+
+
 def test_a_parameter_that_several_stages_use(path):
     swept = load_sweep(path, None, ["seeds=[3]"], ["params.steps=1,2"])
     assert "score--steps-1" in swept.spec.stages and swept.spec.seeds == [3] and "base" in swept.spec.stages

@@ -96,6 +96,19 @@ def test_a_collapse_never_touches_the_served_state(adapter, support):
     assert [record.version for record in adapter.catalogue.versions("tenant", "site")] == [1]
 
 
+def test_an_option_that_learned_rates_replace_is_refused(adapter, served_model, support, monkeypatch):
+    names = [name for name, _ in served_model.base.features.named_parameters(prefix="features")]
+    learned = {**served_model.defaults["distill"], "rates": dict.fromkeys(names, 1e-4)}
+    monkeypatch.setitem(served_model.defaults, "distill", learned)
+    for options in ({"inner_lr": 0.5}, {"adapt": "norm"}):
+        with pytest.raises(SpecError, match="has no effect: this model learned a rate for each tensor"):
+            adapter.adapt(request(support, "distill", options=options))
+    first = adapter.adapt(request(support, "distill", dry_run=True))
+    same = adapter.adapt(request(support, "distill", options={"inner_lr": learned["inner_lr"]}, dry_run=True))
+    other = adapter.adapt(request(support, "distill", options={"inner_lr": 0.01, "rates": {}}, dry_run=True))
+    assert first.loss_after == same.loss_after != other.loss_after
+
+
 def test_what_fails_while_it_runs_leaves_no_trace(adapter, support):
     adapter.adapt(request(support))
 

@@ -165,6 +165,15 @@ def test_a_stream_is_followed(client):
     assert before is not None
 
 
+def test_a_stream_takes_its_settings_from_the_form_too(client):
+    fields = {"method": "tent", "options": '{"steps": 3}', "step_cap": "1"}
+    report = client.post("/v1/stream/cam", files=files(pixels(8)), data=fields).json()["report"]
+    assert (report["method"], report["steps"]) == ("tent", 1)
+    for dry in ({"params": {"dry_run": "true"}}, {"data": {"dry_run": "true"}}):
+        refused(client.post("/v1/stream/cam", files=files(pixels(8)), **dry), 422, "spec")
+    assert client.get("/v1/states/cam").json()["version"] == 1
+
+
 def test_states_of_another_base_are_refused(tmp_path):
     with client_for(tmp_path) as client:
         adapt(client, "park")

@@ -100,6 +100,19 @@ def test_it_gives_up_after_the_last_retry(script, waited):
     assert len(server.asked) == 3
 
 
+def test_a_batch_of_a_stream_is_sent_again_only_under_a_key(script, waited):
+    server = script((0, {}, b""), ok({"state": "flow.1"}))
+    with Client(server.url) as client:
+        with pytest.raises(EnvironmentProblem):
+            client.stream("flow", [PICTURE], method="bn")
+        server.answers = [(0, {}, b""), ok({"state": "flow.1"})]
+        assert client.stream("flow", [PICTURE], method="bn", idempotency_key="k1") == {"state": "flow.1"}
+        with pytest.raises(SpecError, match="no setting 'dry_run'"):
+            client.stream("flow", [PICTURE], dry_run=True)
+    assert [asked[2].get("Idempotency-Key") for asked in server.asked] == [None, "k1", "k1"]
+    assert {asked[1] for asked in server.asked} == {"/v1/stream/flow?method=bn"}
+
+
 @pytest.mark.parametrize(
     ("status", "kind"),
     [(400, SpecError), (401, SpecError), (404, NotFoundError), (409, BusyError), (413, DataError), (415, DataError)],

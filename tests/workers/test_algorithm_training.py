@@ -123,6 +123,13 @@ def test_a_domain_algorithm_sees_its_batch_domain_by_domain(tmp_path):
     assert any(not torch.equal(one[key], two[key]) for key in one)
 
 
+def test_plain_training_says_that_it_leaves_the_experts_balance_out(tmp_path):
+    for name, block, told in (("plain", None, 1), ("gmoe", AlgorithmBlock(name="gmoe"), 0)):
+        reporter = Recorder()
+        run(tmp_path / name, block, SPARSE, reporter=reporter)
+        assert sum("gmoe.aux_weight=0.01" in line for line in reporter.logs) == told
+
+
 def test_balanced_batches_have_as_many_rows_of_every_domain():
     rows, domains = np.arange(40), np.repeat([0, 1, 2, 3], [20, 10, 5, 5])
     sampler = DomainSampler(rows, domains, 12, 0, balanced=True)
@@ -138,6 +145,12 @@ def test_impossible_settings_are_refused_before_anything_runs():
         ({"name": "meta_dmoe"}, {}, "not an algorithm that one supervised stage can run"),
         ({"name": "gmoe", "options": {"experts": 3}}, {}, "options of gmoe do not fit"),
         ({"name": "erm"}, {"micro_batch": 4}, "micro_batch cannot be combined"),
+        ({"name": "erm"}, {"head_lr": 0.1}, "head_lr cannot be combined"),
+        ({"name": "sma"}, {"ema_decay": 0.9}, "sma, which averages the weights"),
+        ({"name": "swad"}, {"ema_decay": 0.9}, "swad, which averages the weights"),
+        ({"name": "erm", "options": {"train": {"lr": 1.0}}}, {}, "stage's `training`"),
+        ({"name": "erm", "options": {"backbone": {"name": "tiny_cnn"}}}, {}, "stage's `backbone`"),
+        ({"name": "erm"}, {"drop_last": True}, "no meaning for sampling=balanced"),
     ):
         with pytest.raises(ValidationError, match=match):
             TrainConfig(backbone=SPARSE, training={**training, **changes}, algorithm=block)

@@ -11,6 +11,7 @@ import torch
 
 from moe.adaptation.distill import Config, Method
 from moe.errors import CheckpointError, DataError, Interrupted, NotFoundError, SpecError
+from moe.specs import StudentMoESpec
 from tests.support.ranks import pair_environments, run_together
 from tests.workers.test_loop import Recorder
 from tests.workers.toy import distill_job, toy_data
@@ -141,8 +142,18 @@ def test_what_does_not_fit_together_is_refused(folder):
         go({**config, "settings": {**config["settings"], "validate_on": "test"}})
     with pytest.raises(SpecError, match="torch engine keeps all experts"):
         go(distill_job(folder, "bad", ep_size=2))
+    student = config["student"]
+    with pytest.raises(SpecError, match="already"):
+        own = {**student, "meta": {**student["meta"], "moe": StudentMoESpec(num_experts=2).model_dump(mode="json")}}
+        go({**distill_job(folder, "bad", moe=MOE), "student": own})
+    with pytest.raises(SpecError, match="says no backbone"):
+        go({**config, "student": {**student, "meta": {"form": "circuit"}}})
     with pytest.raises(ValueError, match="epochs or steps"):
         DistillSettings(**{**config["settings"], "steps": None})
+    with pytest.raises(ValueError, match=r"rates_lr=0\.1 has no effect"):
+        DistillSettings(**{**config["settings"], "rates_lr": 0.1})
+    with pytest.raises(ValueError, match=r"capacity_factor=2\.0 has no effect"):
+        DistillSettings(**{**config["settings"], "moe": {"num_experts": 2, "capacity_factor": 2.0}})
     with pytest.raises(ValueError, match="not a multiple of ep_size"):
         DistillSettings(**{**config["settings"], "moe": {"num_experts": 3}, "ep_size": 2})
 

@@ -194,6 +194,34 @@ def test_a_method_of_ones_own_takes_over_network_and_hyper_parameters(tmp_path):
         make_algorithm(MethodSpec(algorithm="erm", config={"nonsense": 1}), hparams, data, "gmoe_fork", 10)
 
 
+def test_a_backbone_takes_size_and_channels_of_the_data(tmp_path):
+    for field, value in (("image_size", 64), ("channels", 1)):
+        with pytest.raises(SpecError, match=f"backbone's {field} is {value}, and Debug28 gives"):
+            run_job(arguments(), settings(backbone={"name": "tiny_cnn", field: value}), Desk(tmp_path))
+    run(tmp_path, backbone={"name": "tiny_cnn", "image_size": 28})
+
+
+def test_a_method_clips_its_gradients(tmp_path):
+    def loss(name: str, **train) -> float:
+        methods = {"X": MethodSpec(algorithm="erm", config={"train": {"optimizer": "sgd", **train}})}
+        run_job({**arguments(), "algorithm": "X"}, settings(methods=methods), Desk(tmp_path / name))
+        return json.loads((tmp_path / name / "output" / RESULTS).read_text().splitlines()[-1])["loss"]
+
+    assert loss("free") != loss("clipped", clip=1e-9)
+
+
+def test_a_wrong_number_of_domains_is_refused(tmp_path):
+    with pytest.raises(SpecError, match="says that Debug28 has 2 domains, and it has 3: 0, 1, 2"):
+        run_job(arguments(), settings(environments={"Debug28": 2}), Desk(tmp_path))
+
+
+def test_routing_without_anything_to_record_is_told(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(Desk, "log", lambda self, message: told.append(message))
+    run(tmp_path, routing=3)
+    assert any("neither experts nor a class token" in line for line in told)
+
+
 class TestFolders:
     """Runs move between the public code's folders and ours."""
 

@@ -89,6 +89,8 @@ def test_wrong_sizes_are_refused():
         check_sizes(engine_module.DeepSpeedOptions(1, 2), 3, OptimizerOptions())
     with pytest.raises(SpecError, match="clipping"):
         check_sizes(engine_module.DeepSpeedOptions(1, 2), 2, OptimizerOptions(clip=1.0))
+    with pytest.raises(SpecError, match="no experts that ranks could share"):
+        engine_module._check_experts(engine_module.DeepSpeedOptions(1, 2), nn.Linear(2, 2))
 
 
 def test_an_upgrade_that_drops_the_switch_is_noticed():

@@ -369,6 +369,32 @@ def test_updates_to_a_target_are_compared_within_a_seed():
 # Bad input, before any training.
 
 
+@pytest.mark.parametrize(
+    ("recycle", "words"),
+    [
+        ({"select": "L2", "graph": {"weights": "scaled"}}, "graph has no effect with select: L2"),
+        ({"select": "co_act", "graph": {"method": "louvain", "weights": "scaled"}}, "weights=scaled has no effect"),
+        ({"select": "co_act", "graph": {"resolution": 2.0}}, "resolution=2.0 has no effect with method: metis"),
+    ],
+)
+def test_options_of_another_partition_are_refused(recycle, words):
+    with pytest.raises(ValueError, match=words):
+        Start(recycle=recycle)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 1}, "seed=1 has no effect"),
+        ({"statistics": {"averaging": "positions", "group": 2}}, "group=2 has no effect with averaging: positions"),
+        ({"statistics": {"percentile": 50.0}}, "percentile=50.0 has no effect with threshold: fixed"),
+    ],
+)
+def test_options_of_another_statistic_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        StatisticsSettings(predecessor={"name": "vit_small_focus"}, **changes)
+
+
 def test_predecessor_and_successor_are_of_one_family():
     with pytest.raises(ValidationError, match="is a ConvNeXt, but the successor is a vision transformer"):
         RecycleSettings(model=MODEL, predecessor={"name": "timm:convnext_tiny"})

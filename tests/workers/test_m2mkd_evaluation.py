@@ -16,6 +16,7 @@ from moe.algorithms.m2mkd import PRESETS
 from moe.errors import CheckpointError, DataError, SpecError
 from moe.keymaps.m2mkd import to_official
 from moe.models.nac.graph_specs import GRAPH_PRESETS
+from orchestrator.stages.m2mkd_evaluate import M2mkdEvaluateConfig
 from orchestrator.stages.m2mkd_train import M2mkdTrainConfig
 from orchestrator.stages.m2mkd_train import Stage as TrainStage
 from tests.workers import toy
@@ -198,14 +199,18 @@ def test_official_evaluation_is_noisy_and_leaves_a_vits_last_batch_out(data, tmp
         draws = more.pop("draws", 1)
         evaluate_member(config(method, **more), ("train",), None, 64, desk, draws)
         found: dict[str, float] = evaluation(desk)["models"][0]["scores"]["train"]
-        return found
+        return {**found, "rows": evaluation(desk)["rows"]["train"]}
 
     quiet = scores("quiet", CIRCUIT, circuit)
     one, eight = (scores(f"d{n}", CIRCUIT, circuit, parity="official", draws=n) for n in (1, 8))
     assert len({quiet["accuracy"], one["accuracy"], eight["accuracy"]}) > 1
     assert eight == scores("again", CIRCUIT, circuit, parity="official", draws=8)
-    whole, cut = (scores(p, METHOD, vmoe, parity=p)["accuracy"] for p in ("fixed", "official"))
-    assert round(96 * whole, 6).is_integer() and round(64 * cut, 6).is_integer()  # one batch of 64 of the 96 rows
+    whole, cut = (scores(p, METHOD, vmoe, parity=p) for p in ("fixed", "official"))
+    for found in (whole, cut):  # one batch of 64 of the 96 rows
+        assert round(found["rows"] * found["accuracy"], 6).is_integer()
+    assert [found["rows"] for found in (one, whole, cut)] == [96, 96, 64]
+    with pytest.raises(ValueError, match="draws=2 has no effect"):
+        M2mkdEvaluateConfig(method=CIRCUIT, draws=2)
 
 
 def test_a_set_of_fewer_classes_is_scored_on_its_own_columns(data, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from moe.errors import CheckpointError, DataError, Interrupted, NotFoundError, S
 from moe.models.emoe_blocks import converted_layers
 from moe.models.emoe_convert import dense_ffn, transformer_layers, unpermute
 from orchestrator.stages.text_evaluate import TextEvaluateConfig
+from orchestrator.stages.text_prepare import TextPrepareConfig
 from orchestrator.stages.text_search import Stage as SearchStage
 from orchestrator.stages.text_search import TextSearchConfig
 from tests.support.pipelines import go, pipeline
@@ -391,11 +392,23 @@ def test_a_preset_fills_the_published_search():
         ({"methods": ["emoe", "emoe"]}, "must not repeat"),
         ({"full": {"epochs": None}}, "give epochs, steps or both"),
         ({"lora": {"freeze": ["embeddings"]}}, "adapters freeze the network already"),
+        ({"gmoe": {"num_experts": 2, "top_k": 1, "gate": "linear"}}, "gmoe.gate=linear has no effect"),
+        (
+            {"methods": ["emoe", "emoe_learn"], "emoe": {"num_experts": 8, "top_k": 2, "normalize_gate": True}},
+            "emoe_learn does not go with these settings: normalize_gate",
+        ),
     ],
 )
 def test_settings_that_contradict(changes, words):
     with pytest.raises(ValueError, match=words):
         TextEvaluateConfig(**{**search(), **changes})
+
+
+def test_rows_that_select_can_only_be_limited_where_there_are_such():
+    limit = {"limit": {"selection": 8}}
+    with pytest.raises(ValueError, match=r"limit\.selection has no effect"):
+        TextPrepareConfig(dataset="glue", options={"task": "rte"}, **limit)
+    assert TextPrepareConfig(dataset="glue", options={"task": "rte"}, selection="held_out", **limit).limit
 
 
 def test_low_rank_runs_train_what_the_public_code_trains():

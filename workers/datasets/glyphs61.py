@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from workers.datasets import _render as render
 from workers.datasets._arrays import Arrays, cached, domain_data, held_out, toolchain
@@ -74,6 +74,12 @@ class Options(BaseModel):
     per_class: int = Field(8, ge=5, le=64, description="images of each class and family")
     id_fraction: float = Field(0.2, gt=0, lt=1, description="share of every training family kept as `id_val`")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="seed of the rendering and of the rows' splits")
+
+    @model_validator(mode="after")
+    def _drawn(self) -> Options:
+        if self.split_seed and self.split != "random":
+            raise ValueError(f"split_seed={self.split_seed} has no effect on split={self.split}; it is for random")
+        return self
 
 
 def load(root: Path, options: Options) -> DomainData:

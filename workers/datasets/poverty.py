@@ -7,12 +7,13 @@ Reference: Yeh et al. 2020, Nature Communications 11; Koh et al. 2021, arXiv 201
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import shutil
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -118,7 +119,10 @@ def load(root: Path, options: Options) -> DomainData:
     names = [f"images/landsat_poverty_img_{row}.npz" for row in range(len(dataset))]
     images = Bands(folder, names, options.night_lights)
     value_names = {"country": COUNTRIES, "urban": ("rural", "urban")}
-    return _wilds.assemble(INFO, LAYOUT, folder, dataset, images, names, value_names)
+    data = _wilds.assemble(INFO, LAYOUT, folder, dataset, images, names, value_names)
+    if options.night_lights:
+        return data
+    return replace(data, digest=hashlib.sha256(f"{data.digest} without night lights".encode()).hexdigest())
 
 
 def fingerprint(root: Path, options: Options) -> str:

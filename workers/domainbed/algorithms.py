@@ -7,14 +7,15 @@ SWAD, EMoE, another backbone; they are named by the sweep, and the name is part 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from moe.algorithms.base import Algorithm, algorithm
 from moe.errors import SpecError, nearest
-from workers.domainbed.hparams import Value
+from workers.domainbed.benchmark_sets import SETS, SMALL_IMAGES
+from workers.domainbed.hparams import Value, hparam_table
 from workers.domainbed.protocol import protocol
 from workers.overlay import overlay
 
@@ -36,6 +37,20 @@ _FIELDS: Mapping[str, Mapping[str, str]] = {
     "Fish": {"meta_lr": "meta_lr"},
 }
 """Official hyper-parameter -> field of our ``Config``, for those that all algorithms do not share."""
+_READ = frozenset(
+    {"batch_size", "lr", "weight_decay", "data_augmentation", "class_balanced", "resnet_dropout", "freeze_bn"}
+)
+"""Official hyper-parameters that every run reads; ``resnet_dropout`` and ``freeze_bn`` act where a network has them."""
+_MIXTURE = frozenset({"num_experts", "topk", "num_inter", "every_moe", "skip_last", "router", "gate_noise"})
+_MIXTURE_OF: Mapping[str, frozenset[str]] = {
+    "gmoe": _MIXTURE | {"aux_loss_weight", "capacity_factor"},
+    "emoe": _MIXTURE
+    | {"aux_loss_weight", "expert_repeat", "one_score_gate", "normalize_one_score_gate"}
+    | {"one_score_gate_update_momentum"},
+}
+"""File of ``moe/algorithms`` -> hyper-parameters of EMoE's fork that it reads."""
+_OWN_TRAIN = ("lr", "weight_decay", "optimizer", "clip")
+"""What a method says about training by itself; the sweep and its hyper-parameters say the rest."""
 
 
 class MethodSpec(BaseModel):
@@ -48,6 +63,18 @@ class MethodSpec(BaseModel):
     config: dict[str, Any] = Field(
         default_factory=dict, description="fields of the algorithm's Config that replace what the protocol says"
     )
+
+    @field_validator("config")
+    @classmethod
+    def _train(cls, config: dict[str, Any]) -> dict[str, Any]:
+        train = config.get("train") or {}
+        other = sorted(set(train) - set(_OWN_TRAIN)) if isinstance(train, Mapping) else []
+        if other:
+            raise ValueError(
+                f"train.{other[0]} has no effect on a run of a sweep; a method takes {', '.join(_OWN_TRAIN)}. The "
+                "number of updates is `steps` of the sweep, batch_size one of its `hparams`, the rate is constant."
+            )
+        return config
 
 
 def method_of(name: str, methods: Mapping[str, MethodSpec]) -> MethodSpec:
@@ -64,6 +91,64 @@ def method_of(name: str, methods: Mapping[str, MethodSpec]) -> MethodSpec:
             f"{nearest(name, [*OFFICIAL, *methods])} Others are described under `methods`.",
         )
     return MethodSpec(algorithm=OFFICIAL[name], hparams_of=name)
+
+
+def check_overrides(
+    overrides: Mapping[str, Any],
+    methods: Sequence[MethodSpec],
+    protocol_name: str,
+    datasets: Sequence[str],
+    backbone: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse overriding hyper-parameters that no method reads, unless they only repeat a default.
+
+    Args:
+        overrides: by official name.
+        methods: of the sweep.
+        protocol_name: decides defaults, and whether the mixture is a hyper-parameter.
+        datasets: of the sweep.
+        backbone: network of all methods that do not bring their own.
+
+    Raises:
+        SpecError: the name, and those that are read.
+    """
+    small = all(dataset in SMALL_IMAGES for dataset in datasets)
+    read = sorted({n for m in methods for n in _read(m, protocol_name, overrides, backbone, small)})
+    for name in sorted(set(overrides) - set(read)):
+        tables = [hparam_table(protocol_name, m.hparams_of, known_as(d)) for m in methods for d in datasets]
+        if not any(name in table and table[name].default == overrides[name] for table in tables):
+            raise SpecError(
+                f"No method of this sweep reads the hyper-parameter {name!r}, so {overrides[name]!r} would have no "
+                "effect.",
+                nearest(name, read) if name not in {n for table in tables for n in table} else "Leave it out.",
+            )
+
+
+def known_as(dataset: str, small: bool = False) -> str:
+    """The benchmark set whose hyper-parameters a data set takes: its own, or those of most sets of its kind."""
+    if dataset in SETS:
+        return dataset
+    return "RotatedMNIST" if small or dataset in SMALL_IMAGES else "VLCS"
+
+
+def _read(
+    method: MethodSpec,
+    protocol_name: str,
+    overrides: Mapping[str, Any],
+    backbone: Mapping[str, Any] | None,
+    small: bool,
+) -> set[str]:
+    """Names of the hyper-parameters that a run of a method reads."""
+    name = _algorithm_name(method, overrides)
+    read = {*_READ, *_FIELDS.get(method.hparams_of, {})}
+    read |= {"vanilla_ViT", "MoE_from_ffn"} if method.algorithm == "gmoe" else set()
+    if backbone is None and not small:
+        transformer = name in ("gmoe", "emoe") or overrides.get("vanilla_ViT")
+        read |= {"vit_type"} if transformer else {"resnet18", "resnet50_augmix"}
+    given = name == "gmoe" and bool((backbone or {}).get("gmoe"))
+    if protocol_name == "emoe_fork" and method.hparams_of == "GMOE" and not given:
+        read |= {*_MIXTURE_OF.get(name, ()), *(["MoE_from_ffn"] if name == "emoe" else [])}
+    return read
 
 
 def make_algorithm(
@@ -108,7 +193,13 @@ def make_algorithm(
     fields |= {ours: hparams[name] for name, ours in _FIELDS.get(method.hparams_of, {}).items() if name in hparams}
     fields |= _emoe_fields(hparams) if name == "emoe" and "topk" in hparams else {}
     fields = overlay(fields, {key: value for key, value in method.config.items() if key != "backbone"})
-    fields["backbone"] |= {"channels": data.channels, "image_size": data.image_size}
+    for key, value in (("channels", data.channels), ("image_size", data.image_size)):
+        if fields["backbone"].get(key) not in (None, value):
+            raise SpecError(
+                f"The backbone's {key} is {fields['backbone'][key]}, and {data.name} gives {value}.",
+                "Leave it out of the backbone; `image_size` of the sweep is the side in pixels.",
+            )
+        fields["backbone"][key] = value
     try:
         return kind(kind.Config(**fields))
     except ValidationError as error:

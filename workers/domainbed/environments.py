@@ -37,6 +37,8 @@ REGISTRY_NAMES: Mapping[str, str] = {
     "WILDSFMoW": "wilds_fmow",
 }
 """Official name -> registry name; a name that is not here is a registry name already."""
+SPLIT_OPTIONS = frozenset({"target", "validation", "id_fraction", "support_fraction", "names_fraction"})
+"""Options of registry sets that only say what their own splits are, which the protocol does not look at."""
 _DEBUG_SIZE = 16
 DEALT = frozenset({"RotatedMNIST", "ColoredMNIST", "Debug28", "Debug224"})
 

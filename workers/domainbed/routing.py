@@ -71,8 +71,12 @@ def class_attention(module: nn.Module, images: Tensor) -> NDArray[np.float64] | 
     return np.asarray(to_patches.reshape(-1, height, width).double().cpu().numpy())
 
 
-def write_routing(module: nn.Module, data: EnvironmentSet, rows: Sequence[IntArray], folder: Path) -> None:
-    """Write ``routing.json`` (when there are experts) and ``attention.png`` (when there is a class token)."""
+def write_routing(module: nn.Module, data: EnvironmentSet, rows: Sequence[IntArray], folder: Path) -> bool:
+    """Write ``routing.json`` (when there are experts) and ``attention.png`` (when there is a class token).
+
+    Returns:
+        Whether there was any of the two.
+    """
     from workers.domainbed.figures import attention_grid
 
     tables = routing_tables(module, data, rows)
@@ -84,3 +88,4 @@ def write_routing(module: nn.Module, data: EnvironmentSet, rows: Sequence[IntArr
     maps = class_attention(module, images)
     if maps is not None:
         (folder / ATTENTION).write_bytes(attention_grid(images.cpu().numpy(), maps, data.labels))
+    return bool(tables) or maps is not None

@@ -17,7 +17,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from moe.errors import SpecError
 from workers.checkpoints import CheckpointDir
 from workers.context import Context
 from workers.device import setup
-from workers.domainbed.algorithms import MethodSpec, make_algorithm, method_of
+from workers.domainbed.algorithms import MethodSpec, known_as, make_algorithm, method_of
 from workers.domainbed.environments import EnvironmentSet, IntArray, open_environments
 from workers.domainbed.hparams import Value, run_hparams
 from workers.domainbed.jobs import DONE, RESULTS
@@ -70,6 +70,7 @@ class RunSettings:
         routing: images of each domain on which routers are recorded after training; 0 is off.
         merge: EMoE: also score the selected network with its experts put back, and write it as ``merged.safetensors``.
         resume_every: updates between checkpoints on disk.
+        environments: number of domains that the sweep believes a data set has, by name.
     """
 
     protocol: str
@@ -88,6 +89,7 @@ class RunSettings:
     routing: int = 0
     merge: bool = False
     resume_every: int = 200
+    environments: Mapping[str, int] = field(default_factory=dict)
 
 
 def run_job(args: Mapping[str, Any], settings: RunSettings, context: Context) -> dict[str, Any]:
@@ -110,7 +112,8 @@ def run_job(args: Mapping[str, Any], settings: RunSettings, context: Context) ->
     run = _Run(args, settings, context, device)
     steps, frequency = run.steps, run.frequency
     due = set(evaluation_steps(steps, frequency))
-    options = OptimizerOptions(run.algorithm.config.train.optimizer, precision=settings.precision)
+    train = run.algorithm.config.train
+    options = OptimizerOptions(train.optimizer, clip=train.clip, precision=settings.precision)
     engine = TorchEngine(run.network, groups_of(run.algorithm, run.network), options, device)
     spec = LoopSpec(
         steps=steps,
@@ -131,7 +134,8 @@ def run_job(args: Mapping[str, Any], settings: RunSettings, context: Context) ->
     if settings.routing:
         run.network.load_state_dict(result.selected)
         rows = [split.in_[: settings.routing] for split in run.splits]
-        write_routing(run.network.eval(), run.data, rows, context.output)
+        if not write_routing(run.network.eval(), run.data, rows, context.output):
+            context.log("routing: nothing to record, this network has neither experts nor a class token")
     merged = run.merged(result, context.output) if settings.merge else {}
     context.metrics({"step_time": (time.perf_counter() - started) / steps})
     return {**run.meta(result), **merged, "cost": run.cost(result)}
@@ -162,7 +166,7 @@ class _Run:
             settings.normalisation,
             context.threads,
         )
-        self.test_envs = _checked_envs(args["test_envs"], self.data)
+        self.test_envs = _checked_envs(args["test_envs"], self.data, settings.environments.get(name))
         self.hparams = _hparams(args, settings, method, self.data)
         self.steps = int(args.get("steps") or self._default("steps"))
         self.frequency = settings.checkpoint_freq or self._default("checkpoint_frequency")
@@ -356,7 +360,13 @@ class _Run:
         }
 
 
-def _checked_envs(envs: Sequence[int], data: EnvironmentSet) -> list[int]:
+def _checked_envs(envs: Sequence[int], data: EnvironmentSet, believed: int | None = None) -> list[int]:
+    if believed is not None and believed != len(data.labels):
+        raise SpecError(
+            f"`environments` says that {data.name} has {believed} domains, and it has {len(data.labels)}: "
+            f"{', '.join(data.labels)}.",
+            "Correct it; to hold out only some of them there is `test_envs`.",
+        )
     if not envs or min(envs) < 0 or max(envs) >= len(data.labels) or len(set(envs)) == len(data.labels):
         raise SpecError(
             f"test_envs {list(envs)} do not fit {data.name}, which has the domains 0 to {len(data.labels) - 1}.",
@@ -369,8 +379,6 @@ def _hparams(
     args: Mapping[str, Any], settings: RunSettings, method: MethodSpec, data: EnvironmentSet
 ) -> dict[str, Value]:
     """Hyper-parameters of a run: default or drawn, then what the sweep overrides."""
-    from workers.domainbed.benchmark_sets import SETS
-
-    known = data.name if data.name in SETS else ("RotatedMNIST" if data.small else "VLCS")
+    known = known_as(data.name, data.small)
     drawn = run_hparams(settings.protocol, method.hparams_of, known, int(args["hparams_seed"]), int(args["trial_seed"]))
     return {**drawn, **(json.loads(args["hparams"]) if args.get("hparams") else {})}

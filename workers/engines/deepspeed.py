@@ -226,7 +226,7 @@ class DeepSpeedEngine:
         device: where to train.
 
     Raises:
-        SpecError: sizes that do not divide, or clipping together with expert parallelism.
+        SpecError: sizes that do not divide, clipping together with expert parallelism, or nothing to share.
         EnvironmentProblem: DeepSpeed is not installed.
     """
 
@@ -243,6 +243,7 @@ class DeepSpeedEngine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.options, self.zero = options, zero
         _check(zero, self.world_size, options)
+        _check_experts(zero, module)
         self._plain = module.to(self.device)
         names = {parameter: name for name, parameter in module.named_parameters()}
         self.module = copy.deepcopy(self._plain)
@@ -385,6 +386,13 @@ def _check(zero: DeepSpeedOptions, world_size: int, options: OptimizerOptions) -
         raise SpecError(
             f"Gradient clipping (clip={options.clip}) cannot be combined with ep_size={zero.ep_size}.",
             "DeepSpeed averages the norms of ranks that hold different experts: set clip to null or ep_size to 1.",
+        )
+
+
+def _check_experts(zero: DeepSpeedOptions, module: nn.Module) -> None:
+    if zero.ep_size > 1 and not any(type(child) in (MoEBlock, MoELayer) for child in module.modules()):
+        raise SpecError(
+            f"ep_size is {zero.ep_size}, but the network has no experts that ranks could share.", "Set ep_size to 1."
         )
 
 

@@ -39,6 +39,8 @@ def test_splits_of_families():
     draws = [glyphs61.split_families(glyphs61.Options(split="random", split_seed=s)) for s in (0, 0, 1)]
     assert [len(part) for part in draws[0]] == [39, 8, 14]
     assert draws[0] == draws[1] != draws[2]
+    with pytest.raises(ValueError, match="split_seed=1 has no effect on split=hard"):
+        glyphs61.Options(split="hard", split_seed=1)
 
 
 def test_lite_needs_no_debian_fonts(lite):

@@ -153,6 +153,7 @@ def test_poverty_folds(fold):
 def test_poverty_without_night_lights():
     dark = load("poverty", root_of("poverty"), night_lights=False)
     assert not dark.images[0][7].any() and loaded("poverty").images[0][7].any()
+    assert dark.digest != loaded("poverty").digest
     np.testing.assert_array_equal(dark.images[0][:7], loaded("poverty").images[0][:7])
 
 
