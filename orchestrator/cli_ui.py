@@ -153,12 +153,22 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _elsewhere(store: Store, uri: str) -> list[str]:
+    """Other addresses to which the last runs were written (``tracking.uri`` of their pipelines)."""
+    states = [TrackingState.load(state_path(store, run.id)) for run in RunStore(store).list()[:_RUNS_LOOKED_AT]]
+    return list(dict.fromkeys(state.uri for state in states if state.runs.get("") and state.uri != uri))
+
+
 def _print(store: Store, base: str, uri: str, as_json: bool) -> None:
     found = links(store, base, uri)
     if as_json:
         console.emit_json({"base": base, "uri": uri, "pid": os.getpid(), "links": [vars(link) for link in found]})
         return
-    if not found:
+    elsewhere = [] if found else _elsewhere(store, uri)
+    if elsewhere:
+        console.say(base, f"The last runs of this store are tracked at {', '.join(elsewhere)}, not here.")
+        console.say(f"To look there: MLFLOW_TRACKING_URI={elsewhere[0]} moepipe ui")
+    elif not found:
         console.say(base, "Nothing is tracked yet: submit a pipeline, or moepipe track sync RUN.")
     for link in found:
         console.say(f"{link.title}:", f"  {link.url}")

@@ -66,7 +66,9 @@ class CodeChanged(RunFailed):
 
 
 def run_here(function: TrainFunction, config: dict[str, Any], task: Task, reporter: TaskReporter) -> None:
-    """Launcher of world size 1: a call in this process."""
+    """Launcher of world size 1: a call in this process; says so where more ranks are asked for."""
+    if task.resources.workers > 1:
+        reporter.log(f"resources.workers={task.resources.workers} has no effect here: one rank does all of the work")
     function({**config, "reporter": reporter})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from moe.errors import SpecError
 
@@ -20,6 +20,8 @@ Scale = Literal["smoke", "dev", "paper"]
 StageName = Annotated[str, Field(pattern=NAME_PATTERN, max_length=60)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Amount = Annotated[float, Field(ge=0)]
+_COSTS = ("parameters", "active_parameters", "flops", "latency_ms", "device_hours")
+_BUILT_IN = ("cpu", "cpus", "gpu", "gpus", "memory", "memory_gb", "object_store_memory")
 
 
 class _Model(BaseModel):
@@ -48,6 +50,14 @@ class Resources(_Model):
     custom: dict[str, Amount] = Field(
         default_factory=dict, description="Ray's custom resources by name, e.g. {spot: 1}, of one rank."
     )
+
+    @field_validator("custom")
+    @classmethod
+    def _own_names(cls, value: dict[str, float]) -> dict[str, float]:
+        taken = [name for name in value if name.lower() in _BUILT_IN]
+        if taken:
+            raise ValueError(f"{taken[0]} is not a custom resource: write cpus, gpus or memory_gb beside custom")
+        return value
 
 
 class Retry(_Model):
@@ -94,6 +104,8 @@ class Condition(_Model):
             raise ValueError("a condition needs at_least, at_most or baseline")
         if self.significant and (self.baseline is None or self.metric != "avg"):
             raise ValueError("significant needs a baseline, and the metric avg")
+        if self.baseline is not None and self.metric in _COSTS:
+            raise ValueError(f"a lead means a higher value, which for {self.metric} is worse: use at_most")
         if self.margin and self.baseline is None:
             raise ValueError("margin needs a baseline: without one nobody is led")
         return self
@@ -118,7 +130,7 @@ class StageSpec(_Model):
     """One stage of the pipeline."""
 
     kind: str = Field(description="Which stage this is: a file of orchestrator/stages.")
-    description: str = Field(default="", description="For people; shown by plan and status.")
+    description: str = Field(default="", description="For people.")
     inputs: dict[str, str | list[str]] = Field(
         default_factory=dict,
         description="Port name -> ${stages.NAME}, or a list of them for ports that take many artifacts.",

@@ -97,8 +97,9 @@ class Planner:
             return
         for name in ("inner_lr", "adapt"):
             if name in asked and asked[name] != learned.get(name):
+                told = f"{name}={asked[name]!r}"
                 raise SpecError(
-                    f"{name}={asked[name]!r} has no effect: this model learned a rate for each tensor, which replaces it.",
+                    f"{told} has no effect: this model learned a rate for each tensor, which replaces it.",
                     f'Leave it out, or send "rates": {{}} beside {name} to adapt without the learned rates.',
                 )
 

@@ -95,6 +95,10 @@ class DistillSettings(BaseModel):
         fields, block = type(self).model_fields, self.moe
         if self.rates_lr != fields["rates_lr"].default and not self.meta.learn_rates:
             raise ValueError(f"rates_lr={self.rates_lr} has no effect without meta.learn_rates; leave it out")
+        if self.validate_on is None:
+            for name in ("patience", "validation_rows"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}={getattr(self, name)} has no effect without validate_on; leave it out")
         if block is not None and block.dropless:
             default = StudentMoESpec.model_fields["capacity_factor"].default
             if block.capacity_factor != default:

@@ -145,16 +145,17 @@ class _Wired:
 
     def image_sizes(self) -> list[int | None]:
         """Sides of the images that the networks were trained on; None is the official size."""
-        return [artifact.meta.get("image_size") for artifact in self._networks()]
+        return [artifact.meta.get("image_size") for artifact in self.networks()]
 
     def transform(self) -> Transform | None:
         """The preprocessing that the network was trained behind, where its record says so."""
-        records = [artifact.meta["transform"] for artifact in self._networks() if "transform" in artifact.meta]
+        records = [artifact.meta["transform"] for artifact in self.networks() if "transform" in artifact.meta]
         if any(record != records[0] for record in records):
             raise SpecError("The networks want different preprocessing.", "Evaluate them in a stage each.")
         return Transform(TransformSpec(**records[0])) if records else None
 
-    def _networks(self) -> list[Input]:
+    def networks(self) -> list[Input]:
+        """The networks that see images."""
         found = (self.one(port) for port in ("student", "erm", "oracle"))
         return [artifact for artifact in found if artifact is not None]
 
@@ -169,7 +170,8 @@ def _transform(data: DomainData, settings: EvaluateSettings, wired: _Wired) -> T
     """Preprocessing of the images: what the networks were trained behind, or as the settings say.
 
     Raises:
-        SpecError: settings that the networks' own preprocessing leaves without effect, or networks of several sizes.
+        SpecError: settings that the networks' own preprocessing leaves without effect, or networks that want different
+            images.
     """
     if settings.official_rxrx1 and data.info.name != "rxrx1":
         raise SpecError(f"official_rxrx1 is about rxrx1; the data set is {data.info.name}.", "Leave it out.")
@@ -181,6 +183,10 @@ def _transform(data: DomainData, settings: EvaluateSettings, wired: _Wired) -> T
                 f"{name} has no effect here: the network's record says behind which preprocessing it was trained.",
                 "Leave it out.",
             )
+        strangers = [artifact for artifact in wired.networks() if "transform" not in artifact.meta]
+        wanted = [transform_for(data.info, a.meta.get("image_size"), train=False) for a in strangers]
+        if any(_colours(transform, data) != _colours(own, data) for transform in wanted):
+            raise SpecError("The networks want different preprocessing.", "Evaluate them in a stage each.")
         return own
     sizes = [settings.image_size] if settings.image_size is not None else wired.image_sizes() or [None]
     found = [transform_for(data.info, size, train=False, official_rxrx1_eval=settings.official_rxrx1) for size in sizes]
@@ -191,6 +197,11 @@ def _transform(data: DomainData, settings: EvaluateSettings, wired: _Wired) -> T
             "Evaluate them in a stage each, or set image_size.",
         )
     return found[0]
+
+
+def _colours(transform: Transform, data: DomainData) -> TransformSpec:
+    """What a transform does, the number of channels written out."""
+    return transform.spec.model_copy(update={"channels": transform.spec.channels or data.info.channels})
 
 
 def _adaptations(settings: EvaluateSettings, wired: _Wired, task: str) -> dict[str, dict[str, Adaptation[Any]]]:

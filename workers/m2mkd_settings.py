@@ -144,6 +144,16 @@ def without_effect(config: Config) -> str:
     for name, there in given.items():
         if there:
             return f"{name} has no effect on a {kind}; leave it out."
+    unread = {"soft": (), "hard": ("tau", "reduction"), "none": ("alpha", "tau", "reduction")}[config.loss.kind]
+    for name in unread:
+        if getattr(config.loss, name) != type(config.loss).model_fields[name].default:
+            return (
+                f"loss.{name}={getattr(config.loss, name)} has no effect with kind: {config.loss.kind}; leave it out."
+            )
+    for name in ("pt", "mt", "ft", "student", "e2e", "fs"):
+        phase = getattr(config, name)
+        if phase is not None and phase.schedule == "constant" and phase.warmup_epochs > 0:
+            return f"{name}.warmup_epochs={phase.warmup_epochs} has no effect with schedule: constant; set it to 0."
     few = config.fs
     if few is not None and (few.clip is not None or few.layer_decay < 1 or few.accumulate > 1):
         return "fs: few-shot episodes train one layer on whole episodes; leave clip, layer_decay and accumulate out."

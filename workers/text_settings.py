@@ -57,13 +57,17 @@ class TextSource(Settings):
     )
     random: TextModelSpec | None = Field(
         default=None,
-        description="instead of weights: random initialisation; vocabulary and padding are the tokenizer's",
+        description="instead of weights: random initialisation; vocabulary, padding and outputs follow from the texts",
     )
 
     @model_validator(mode="after")
     def _one(self) -> TextSource:
         if (self.weights is None) == (self.random is None):
             raise ValueError("give either weights (minilm or a folder) or random (the shape of a network).")
+        for name in ("vocabulary", "pad_token", "num_outputs"):
+            given = None if self.random is None else getattr(self.random, name)
+            if given not in (None, TextModelSpec.model_fields[name].default):
+                raise ValueError(f"random.{name}={given} has no effect: it follows from the texts; leave it out.")
         return self
 
 
@@ -109,6 +113,8 @@ class SplitSettings(Settings):
 
     @model_validator(mode="after")
     def _sizes(self) -> SplitSettings:
+        if self.layers and self.last_even != 1:
+            raise ValueError(f"last_even={self.last_even} has no effect beside layers; leave one of them out.")
         for experts, top_k in self.grid():
             self.sized(experts, top_k)
         return self

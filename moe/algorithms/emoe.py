@@ -58,6 +58,10 @@ class Config(SupervisedConfig):
             raise ValueError(
                 "The backbone has experts already; EMoE converts a dense one: leave gmoe and emoe out of it."
             )
+        rule = {name: getattr(self, name) for name in ("num_inter", "every_moe", "skip_last")}
+        idle = [name for name, value in rule.items() if value != type(self).model_fields[name].default]
+        if self.layers is not None and idle:
+            raise ValueError(f"{idle[0]}={rule[idle[0]]} has no effect beside layers; leave one of them out.")
         return self
 
 

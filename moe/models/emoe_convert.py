@@ -21,6 +21,11 @@ from moe.models.emoe_spec import EMoESpec
 from moe.models.swiglu import BlockMaskedSwiGLU, convert_swiglu, unpermute_swiglu
 
 Kind = Literal["bert", "mlp", "swiglu"]
+_NOT_SWIGLU = (
+    "capacity_factor", "eval_capacity", "dropout", "dropout_first", "gate_momentum", "normalize_gate",
+    "value_norm_weighted",
+)  # fmt: skip
+"""Settings of gates, seats and experts' dropout, which a SwiGLU layer has not."""
 
 
 def transformer_layers(model: nn.Module) -> list[nn.Module]:
@@ -107,6 +112,10 @@ def convert_layers(
 def convert_layer(layer: nn.Module, labels_F: Tensor, spec: EMoESpec) -> None:
     """Convert one transformer layer (or block) in place, by its kind."""
     kind = _kind(layer)
+    if kind in ("bert", "mlp") and spec.select != "gate":
+        raise SpecError(
+            f"select={spec.select} has no effect here: it scores the blocks of SwiGLU layers.", "Leave select out."
+        )
     if kind == "bert":
         convert_bert_layer(layer, labels_F, spec)
     elif kind == "mlp":
@@ -117,6 +126,13 @@ def convert_layer(layer: nn.Module, labels_F: Tensor, spec: EMoESpec) -> None:
                 "A SwiGLU layer keeps the K blocks of neurons that `select` scores best; it has no other gate, choice, "
                 "copies or repeats.",
                 "Leave gate, choice and expert_repeat out, and choose another split than copy.",
+            )
+        unread = [name for name in _NOT_SWIGLU if getattr(spec, name) != EMoESpec.model_fields[name].default]
+        if unread:
+            raise SpecError(
+                f"{unread[0]}={getattr(spec, unread[0])} has no effect on a SwiGLU layer, which has no gate, capacity "
+                "or dropout of its own.",
+                f"Leave {unread[0]} out.",
             )
         layer.mlp = convert_swiglu(layer.mlp, labels_F, spec.top_k, spec.select)  # type: ignore[arg-type]
     else:

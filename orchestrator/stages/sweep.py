@@ -15,12 +15,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from moe.errors import NotFoundError, SpecError
+from moe.errors import DataError, NotFoundError, SpecError
 from moe.specs import BackboneSpec
 from orchestrator.stages.base import Member, StageBase, StageConfig
 from workers.context import Context
 from workers.domainbed.algorithms import MethodSpec, check_overrides, method_of
-from workers.domainbed.environments import SPLIT_OPTIONS
+from workers.domainbed.environments import REGISTRY_NAMES, SPLIT_OPTIONS
 from workers.domainbed.jobs import RESULTS, Job, Sweep, job_state, sweep_jobs
 from workers.domainbed.protocol import ProtocolName
 from workers.overlay import overlay
@@ -112,6 +112,9 @@ class SweepConfig(StageConfig):
         """Refuse what would be read and then change nothing."""
         nested = self.dataset_options.get("source_options")
         splits = sorted(SPLIT_OPTIONS & {*self.dataset_options, *(nested if isinstance(nested, Mapping) else ())})
+        named = {*REGISTRY_NAMES, *REGISTRY_NAMES.values()}  # their seed draws splits, and images for per_domain
+        if "seed" in self.dataset_options and self.dataset_options.get("per_domain") is None:
+            splits += ["seed"] if named.issuperset(self.datasets) else []
         if splits:
             raise SpecError(
                 f"dataset_options has {splits[0]!r}, which only says what the set's own splits are; a sweep makes its "
@@ -191,7 +194,7 @@ class Stage(StageBase[SweepConfig]):
         """The algorithms and data sets that are named."""
         from moe.algorithms.base import ALGORITHMS
         from workers.datasets.base import DATASETS
-        from workers.domainbed.environments import DEALT, REGISTRY_NAMES
+        from workers.domainbed.environments import DEALT
 
         methods = {ALGORITHMS.module_name(method_of(name, config.methods).algorithm) for name in config.algorithms}
         sets = {DATASETS.module_name(REGISTRY_NAMES.get(n, n)) for n in config.datasets if n not in DEALT}
@@ -261,14 +264,14 @@ def _fingerprints(config: SweepConfig, root: Path) -> dict[str, str]:
     """What the files of the data sets are, for those that have files."""
     from workers.data import parse_options
     from workers.datasets.base import DATASETS
-    from workers.domainbed.environments import DEALT, REGISTRY_NAMES
+    from workers.domainbed.environments import DEALT
 
     found = {}
     for name in config.datasets:
         own = REGISTRY_NAMES.get(name, name)
         fingerprint = None if name in DEALT else getattr(DATASETS.load(own), "fingerprint", None)
         if fingerprint is not None:
-            with suppress(NotFoundError):
+            with suppress(NotFoundError, DataError):
                 found[f"files/{name}"] = fingerprint(root, parse_options(own, config.dataset_options))
     return found
 

@@ -14,7 +14,7 @@ from serve.http.errors import Json
 from serve.http.oip import backend_of
 from serve.http.outputs import readable
 from serve.http.schemas import ModelAnswer, PredictAnswer, model_json
-from serve.http.uploads import read_images
+from serve.http.uploads import read_images, require_known
 from serve.records import parse_reference
 
 router = APIRouter(tags=["Predictions"], responses=refusals())
@@ -38,6 +38,7 @@ async def predict(
     """Labels and confidences; with ``state`` by the base model and by the state, side by side."""
     backend = backend_of(request)
     upload = await read_images(request, backend, limits_of(request).max_rows)
+    require_known(request, upload.fields, ("state",))
     reference = upload.fields.get("state") or state or None
     name, version = (None, None) if reference is None else parse_reference(reference)
     record = None

@@ -32,7 +32,7 @@ from serve.http.schemas import (
     StreamPrediction,
     state_json,
 )
-from serve.http.uploads import read_images
+from serve.http.uploads import read_images, require_known
 
 if TYPE_CHECKING:
     from serve.adapting import AdaptReport, AdaptRequest
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _KEY = r"^[A-Za-z0-9._:-]{1,128}$"
 _MAX_OPTIONS = 4096
+_STREAMED = ("method", "options", "step_cap", "dry_run")
 DEFAULT_ORDER = ("distill", "bn", "tent", "none")
 
 router = APIRouter(tags=["Domain states"], responses=refusals())
@@ -91,6 +92,7 @@ async def adapt(
     """
     backend, limits = backend_of(request), limits_of(request)
     upload = await read_images(request, backend, limits.max_support, uri=True)
+    require_known(request, upload.fields, (*_STREAMED, "wait"))
     given = _Settings(upload.fields)
     asked = _request(
         request,
@@ -189,6 +191,7 @@ async def stream(
     """
     backend, limits = backend_of(request), limits_of(request)
     upload = await read_images(request, backend, limits.max_rows)
+    require_known(request, upload.fields, _STREAMED)
     given = _Settings(upload.fields)
     asked = _request(
         request,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
+from moe.errors import nearest
 from serve.http.bodies import limits_of, media_type, read_body, read_form, read_json
 from serve.http.images import ARRAYS, Images, check_count, decode_files, total_bytes
 from serve.http.limits import charge
@@ -71,6 +73,17 @@ async def read_images(request: Request, backend: Backend, most: int, uri: bool =
     check_count(len(images), most)
     charge(request.scope, total_bytes(images))
     return Upload(images, names or tuple(f"image-{number}" for number in range(len(images))), fields)
+
+
+def require_known(request: Request, fields: Iterable[str], names: Collection[str]) -> None:
+    """Refuse settings of the query or the form that the route does not have: a wrong name would have no effect.
+
+    Raises:
+        Refused: 422, there is one.
+    """
+    for name in (*request.query_params, *fields):
+        if name not in names:
+            raise Refused(422, "invalid", f"There is no setting {name[:80]!r}.", nearest(name[:80], names))
 
 
 def _uri(document: Any) -> str:

@@ -316,6 +316,10 @@ def test_bad_conversions_leave_the_network_alone():
         convert_layers(model, [1], EMoESpec(**QUIET))
     with pytest.raises(SpecError, match="SwiGLU layer keeps the K blocks"):
         convert_layers(network("llama"), [1], EMoESpec(**QUIET, gate="cosine"))
+    with pytest.raises(SpecError, match=r"capacity_factor=1\.0 has no effect on a SwiGLU layer"):
+        convert_layers(network("llama"), [1], EMoESpec(**QUIET, capacity_factor=1.0))
+    with pytest.raises(SpecError, match="select=up has no effect here"):
+        convert_layers(network("bert"), [1], EMoESpec(**QUIET, select="up"))
     with pytest.raises(SpecError, match="no layers with a feed-forward part"):
         convert_layers(nn.Sequential(nn.Linear(2, 2)), [0], EMoESpec(**QUIET))
     with pytest.raises(SpecError, match="Conv2d cannot be split"):
@@ -430,6 +434,8 @@ def test_inputs_of_the_layers_are_recorded_and_hooks_removed():
 def test_the_algorithm_trains_a_vision_transformer():
     method = algorithm("emoe")
     torch.manual_seed(0)
+    with pytest.raises(pydantic.ValidationError, match="num_inter=3 has no effect beside layers"):
+        method.preset("rotated14", layers=(1, 3), num_inter=3)
     run_ = method(method.preset("rotated14", layers=(1, 3), drop_path=0.0))
     module = run_.build(3)
     assert len(converted_layers(module)) == 2 and run_.layers(12) == [1, 3]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from orchestrator.tracking_state import TrackingState
 from tests.orchestrator.cli_support import INLINE, call, document, done, folder  # noqa: F401
 
 
@@ -104,6 +105,13 @@ def test_printed_commands_name_a_store_that_is_not_the_default(folder):
 
 def test_ui_links_without_runs(folder):
     assert document("ui", "--links")["links"] == []
+
+
+def test_ui_names_the_server_where_the_runs_are(done, folder):
+    state = TrackingState(uri="http://mlflow.example:5000", experiment="1", runs={"": "r"})
+    state.save(folder / ".moepipe" / "tracking" / f"{done['run']}.json")
+    text = call("ui", "--links").stdout
+    assert "tracked at http://mlflow.example:5000, not here" in text and "Nothing is tracked" not in text
 
 
 def test_init_writes_a_pipeline_once(folder):

@@ -97,10 +97,11 @@ def test_the_champion_is_a_baseline(runs):
         {"at_least": 0, "significant": True},
         {"baseline": "x", "metric": "worst", "significant": True},
         {"at_least": 0, "margin": 0.1},
+        {"metric": "latency_ms", "baseline": "champion"},
     ],
 )
 def test_a_condition_that_says_nothing_is_refused(condition):
-    with pytest.raises(ValueError, match=r"condition needs|significant needs|margin needs"):
+    with pytest.raises(ValueError, match=r"condition needs|significant needs|margin needs|lead means a higher"):
         PromotionSpec.model_validate(gate({"method": "erm", **condition})["promotion"])
 
 

@@ -50,6 +50,12 @@ def test_every_field_has_a_description(field):
     assert field[1].description
 
 
+@pytest.mark.parametrize("name", ["cpus", "GPU", "memory_gb"])
+def test_a_custom_resource_cannot_replace_a_field(name):
+    with pytest.raises(ValidationError, match=f"{name} is not a custom resource"):
+        Resources(cpus=2, custom={"spot": 1, name: 1})
+
+
 def test_retry_budgets_are_the_documented_ones():
     assert Retry().model_dump() == {"user": 0, "out_of_memory": 1, "preemption": -1, "infrastructure": 3}
 

@@ -169,7 +169,9 @@ class TestNoSettingIsIgnored:
         common = {"datasets": ["digits5"], "environments": {"digits5": 5}}
         assert "test_envs" in problem(**common, dataset_options={"target": "synth", "per_domain": 100})
         assert "'id_fraction'" in problem(**common, dataset_options={"source_options": {"id_fraction": 0.5}})
-        assert SweepConfig(**{**SWEEP, **common}, dataset_options={"per_domain": 100})
+        assert SweepConfig(**{**SWEEP, **common}, dataset_options={"per_domain": 100, "seed": 1})
+        assert "'seed'" in problem(datasets=["PACS"], dataset_options={"seed": 1})
+        assert SweepConfig(**{**SWEEP, "datasets": ["PACS"]}, dataset_options={"per_domain": 100, "seed": 1})
 
     def test_experts_of_a_backbone_that_nothing_balances(self):
         grouped = {"name": "timm:vit_tiny_patch16_224", "emoe": {"num_experts": 4, "top_k": 2}, "emoe_layers": [10]}

@@ -174,6 +174,14 @@ def test_a_stream_takes_its_settings_from_the_form_too(client):
     assert client.get("/v1/states/cam").json()["version"] == 1
 
 
+@pytest.mark.parametrize("path", ["/v1/states/cam", "/v1/stream/cam", "/v1/predict"])
+def test_a_setting_that_does_not_exist_is_refused(client, path):
+    for wrong in ({"params": {"dry-run": "true"}}, {"data": {"steps": "5"}}):
+        told = refused(client.post(path, files=files(pixels(8)), **wrong), 422, "invalid")
+        assert "There is no setting" in str(told)
+    assert client.get("/v1/states").json()["states"] == []
+
+
 def test_states_of_another_base_are_refused(tmp_path):
     with client_for(tmp_path) as client:
         adapt(client, "park")

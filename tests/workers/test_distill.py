@@ -150,6 +150,8 @@ def test_what_does_not_fit_together_is_refused(folder):
         go({**config, "student": {**student, "meta": {"form": "circuit"}}})
     with pytest.raises(ValueError, match="epochs or steps"):
         DistillSettings(**{**config["settings"], "steps": None})
+    with pytest.raises(ValueError, match="patience=3 has no effect without validate_on"):
+        DistillSettings(**{**config["settings"], "validate_on": None, "patience": 3})
     with pytest.raises(ValueError, match=r"rates_lr=0\.1 has no effect"):
         DistillSettings(**{**config["settings"], "rates_lr": 0.1})
     with pytest.raises(ValueError, match=r"capacity_factor=2\.0 has no effect"):

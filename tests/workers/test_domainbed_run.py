@@ -13,6 +13,7 @@ import torch
 from moe.errors import DataError, Interrupted, SpecError
 from workers.domainbed.algorithms import MethodSpec, make_algorithm, method_of
 from workers.domainbed.environments import open_environments
+from workers.domainbed.hparams import default_hparams
 from workers.domainbed.jobs import DONE, RESULTS, Sweep, job_id, sweep_jobs
 from workers.domainbed.records import read_run
 from workers.domainbed.run import RunSettings, run_job, write_records
@@ -114,6 +115,22 @@ def test_what_is_left_out_changes_no_selection(tmp_path, algorithm, method):
     choices = [run_choices(read_run(tmp_path / name / "output").records, method) for name in ("exact", "needed")]
     assert choices[0] == choices[1]
     assert choices[0][0].accuracy is not None
+
+
+def test_an_early_end_changes_no_selection_either(tmp_path):
+    swad = {"converge": 1, "tolerance": 1, "ratio": 1.0, "train": {"lr": 0.05}}
+    methods = {"SWAD": MethodSpec(algorithm="swad", config=swad)}
+    choices = []
+    for evaluation in ("exact", "needed"):
+        meta = run_job(
+            {**arguments("SWAD"), "steps": 40},
+            settings(methods=methods, evaluation=evaluation),
+            Desk(tmp_path / evaluation),
+        )
+        assert meta["steps"] < 40
+        records = read_run(tmp_path / evaluation / "output").records
+        choices.append([run_choices(records, method)[0].accuracy for method in ("iid", "oracle")])
+    assert choices[0] == choices[1]
 
 
 def test_with_pairs_the_held_out_domains_are_always_scored(tmp_path):
@@ -220,6 +237,13 @@ def test_routing_without_anything_to_record_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(Desk, "log", lambda self, message: told.append(message))
     run(tmp_path, routing=3)
     assert any("neither experts nor a class token" in line for line in told)
+
+
+def test_an_unknown_router_is_refused(tmp_path):
+    data = open_environments("Debug224", tmp_path, torch.Generator().manual_seed(0))
+    hparams = {**default_hparams("emoe_fork", "GMOE", "VLCS"), "router": "cosine"}
+    with pytest.raises(SpecError, match=r"router is 'cosine'\. Did you mean 'cosine_top'"):
+        make_algorithm(method_of("GMOE", {}), hparams, data, "emoe_fork", 10)
 
 
 class TestFolders:

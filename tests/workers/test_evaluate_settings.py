@@ -80,6 +80,10 @@ def test_images_are_prepared_as_the_networks_want_them_or_not_at_all():
     assert _transform(DATA, settings(), one).spec.size == (9, 9)
     with pytest.raises(SpecError, match="image_size=16 has no effect"):
         _transform(DATA, settings(image_size=16), one)
+    both = wired(erm={"transform": recorded}, oracle={"image_size": 9})
+    assert _transform(DATA, settings(), both).spec.size == (9, 9)
+    with pytest.raises(SpecError, match="want different preprocessing"):
+        _transform(DATA, settings(), wired(erm={"transform": recorded}, oracle={"image_size": 12}))
     with pytest.raises(SpecError, match="official_rxrx1 is about rxrx1"):
         _transform(DATA, settings(official_rxrx1=True), wired(erm={}))
     several = wired(erm={"image_size": 9}, student={"image_size": None})

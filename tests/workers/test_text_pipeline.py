@@ -389,6 +389,8 @@ def test_a_preset_fills_the_published_search():
         ({"methods": ["emo"]}, "there is no method 'emo'. Did you mean 'emoe'"),
         ({"model": {}}, "give either weights"),
         ({"top_k": [16]}, "every top_k"),
+        ({"layers": [0], "last_even": 2}, "last_even=2 has no effect"),
+        ({"model": {"random": {"family": "bert", **SHAPE, "vocabulary": 9}}}, "vocabulary=9 has no effect"),
         ({"methods": ["emoe", "emoe"]}, "must not repeat"),
         ({"full": {"epochs": None}}, "give epochs, steps or both"),
         ({"lora": {"freeze": ["embeddings"]}}, "adapters freeze the network already"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
-from moe.errors import DataError, NotFoundError
+from moe.errors import DataError, NotFoundError, SpecError
 from workers.datasets import _miniatures as paint
 from workers.datasets._arrays import held_out
 from workers.datasets._class_folders import assembled, class_rows, draw_classes, files_of
@@ -48,6 +48,7 @@ def load(root: Path, options: Options) -> DomainData:
     Raises:
         NotFoundError: the folder is not there or empty.
         DataError: class folders that are empty, too many or not in ``train``.
+        SpecError: ``test_fraction`` of a set with a folder ``val``.
     """
     folder = _require(root)
     index = _index(folder)
@@ -59,6 +60,11 @@ def load(root: Path, options: Options) -> DomainData:
     rows = [row for part in parts for row in part]
     numbers = np.arange(len(parts[0]))
     if others:
+        if options.test_fraction != Options.model_fields["test_fraction"].default:
+            raise SpecError(
+                f"imagenet21k: test_fraction={options.test_fraction} has no effect, {folder} has a folder val.",
+                "Leave it out: that folder is `test`.",
+            )
         official = {"train": numbers, "test": np.arange(len(parts[0]), len(rows))}
     else:
         rng = np.random.default_rng([options.seed, 7])

@@ -241,16 +241,24 @@ def _gmoe_fields(hparams: Mapping[str, Value]) -> dict[str, Any]:
         "pattern": ["S" if block in sparse else "F" for block in range(12)],
         "num_experts": hparams["num_experts"],
         "top_k": hparams["topk"],
-        "gate": "cosine" if hparams["router"] == "cosine_top" else "linear",
+        "gate": "cosine" if _learned(hparams) else "linear",
         "gate_noise": hparams["gate_noise"],
         "capacity_factor": hparams["capacity_factor"],
         "aux_weight": 0.01 * float(hparams["aux_loss_weight"]),
     }
 
 
+def _learned(hparams: Mapping[str, Value]) -> bool:
+    """Whether the router of EMoE's fork is its cosine one, and not the plain one."""
+    routers = ("cosine_top", "top")
+    if hparams["router"] not in routers:
+        raise SpecError(f"router is {hparams['router']!r}.", nearest(str(hparams["router"]), routers))
+    return hparams["router"] == "cosine_top"
+
+
 def _emoe_fields(hparams: Mapping[str, Value]) -> dict[str, Any]:
     """EMoE's hyper-parameters of its own fork as fields of our ``Config``."""
-    learned = hparams["router"] != "top"
+    learned = _learned(hparams)
     emoe = {
         "num_experts": hparams["num_experts"],
         "top_k": hparams["topk"],

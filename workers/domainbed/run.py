@@ -6,7 +6,8 @@ the arguments and go to the metrics; a run that was killed goes on from its chec
 
 ``evaluation: needed`` leaves out what no selection method reads: ``in`` of training domains; ``out`` of a single
 held-out domain but after the last update (the oracle reads only that); and, when no pairs of domains are held out,
-``in`` of the held-out domain unless the checkpoint is the last, or the best one so far. What was left out is NaN.
+``in`` of the held-out domain unless the checkpoint is the last, or the best one so far. A method that may end before
+the last update (SWAD) treats every checkpoint as the last. What was left out is NaN.
 """
 
 from __future__ import annotations
@@ -250,11 +251,13 @@ class _Run:
     def evaluate(self, module: nn.Module, step: int) -> dict[str, float]:
         """Accuracies of every split that counts, their mean over the training domains' ``out`` (``val``)."""
         exact = self.settings.evaluation == "exact"
+        # An average that observes is looked at twice, first at its plain weights, and may end training at any time.
+        final = step == self.steps - 1 or (self._observes and step in self._vals)
         scores: dict[str, float] = {}
         losses = []
         for number, split in enumerate(self.splits):
             held_out = number in self.test_envs
-            last = step == self.steps - 1 and len(self.test_envs) == 1
+            last = final and len(self.test_envs) == 1
             for part, rows, needed in (("in", split.in_, False), ("out", split.out, last or not held_out)):
                 found = (math.nan, math.nan)
                 if exact or needed:
@@ -265,7 +268,7 @@ class _Run:
         best = scores["val"] > max((val for at, val in self._vals.items() if at < step), default=-math.inf)
         self._vals[step] = scores["val"]
         for number in self.test_envs:
-            if not exact and (self.settings.pairs or best or step == self.steps - 1):
+            if not exact and (self.settings.pairs or best or final):
                 scores[f"env{number}_in_acc"] = self._score(module, number, "in", self.splits[number].in_, step)[0]
         for position, number in enumerate(self.uda):
             scores[f"env{position}_uda_acc"] = self._score(module, number, "uda", self.splits[number].uda, step)[0]

@@ -216,3 +216,5 @@ def test_imagenet21k_takes_its_classes_from_the_folders(copy):
         picture.rename(folder / "val" / place.name / picture.name)
     data = load_data("imagenet21k", {}, copy)
     assert data.info.num_outputs == 12 and len(data.splits["test"]) == 2
+    with pytest.raises(SpecError, match=r"test_fraction=0\.1 has no effect"):
+        load_data("imagenet21k", {"test_fraction": 0.1}, copy)
