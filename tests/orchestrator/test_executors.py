@@ -110,9 +110,11 @@ def test_code_that_changes_while_the_run_goes_on_is_refused(monkeypatch, store):
     assert outcome.error.code == "code-changed"
 
 
-def test_a_gang_runs_at_world_size_one(store):
-    outcome, _ = go(pipeline({"g": {"kind": "gang", "config": {"value": 4}, "resources": {"workers": 2}}}), store)
+def test_a_gang_runs_at_world_size_one_and_says_so(store):
+    outcome, run = go(pipeline({"g": {"kind": "gang", "config": {"value": 4}, "resources": {"workers": 2}}}), store)
     assert store.artifact(outcome.artifacts["g/seed=0"]).meta == {"value": 5}
+    told = [event.data["message"] for event in run.events() if event.kind == "member-log"]
+    assert "resources.workers=2 has no effect here: one rank does all of the work" in told
 
 
 def test_only_a_gang_may_train_and_its_config_is_json(monkeypatch, store):
