@@ -42,7 +42,7 @@ def _summary(run: Run) -> dict[str, Any]:
     end = time.time() if status == "running" else last
     return {
         "run": run.id,
-        "pipeline": run.spec().name,
+        "pipeline": run.pipeline,
         "status": status,
         "created": info.get("created"),
         "seconds": round(max(0.0, (end or 0.0) - info.get("created", 0.0)), 3),

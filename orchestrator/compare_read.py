@@ -160,10 +160,7 @@ def _pipeline(run: Run) -> str:
     # Ids are made of the pipeline's name, date, time and four letters; names may hold dashes themselves.
     if made := _MADE_UP.fullmatch(run.id):
         return made[1]
-    try:  # `submit --run NAME`
-        return str(json.loads((run.path / "spec.json").read_bytes())["name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+    return run.pipeline  # `submit --run NAME`
 
 
 def read_run(run: Run) -> RunFacts:

@@ -58,7 +58,7 @@ def survey(store: Store, keep_last: int, verify: bool = False) -> Garbage:
     seen: dict[str, int] = defaultdict(int)
     for run in RunStore(store).list():
         running = run.status == "running"
-        name = run.spec().name
+        name = run.pipeline
         seen[name] += 1
         if running:
             garbage.busy.append(run.id)

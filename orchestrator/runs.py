@@ -69,6 +69,11 @@ class Run:
         return spec_from_record((self.path / "spec.json").read_bytes())
 
     @property
+    def pipeline(self) -> str:
+        """Name of the pipeline, also of a record whose spec another version would refuse; empty without one."""
+        return str((read_json(self.path / "spec.json") or {}).get("name", ""))
+
+    @property
     def info(self) -> dict[str, Any]:
         """Of its making: ``id``, ``created`` (seconds since 1970), ``origin`` (or None), ``options``."""
         return read_json(self.path / "run.json") or {}

@@ -23,6 +23,16 @@ def test_runs_show_and_status(done):
         assert done["run"] in call(command).stdout
 
 
+def test_a_record_that_another_version_wrote_spoils_no_list(done, folder):
+    (spec,) = Path(".moepipe").glob("runs/*/spec.json")
+    record = json.loads(spec.read_text())
+    spec.write_text(json.dumps({**record, "seeds": "three"}))
+    (run,) = document("runs")["runs"]
+    assert run["pipeline"] == record["name"] and run["status"] == "finished"
+    assert "written by another version" in call("show", code=2).stderr
+    assert call("gc").exit_code == 0
+
+
 def test_show_of_a_member(done):
     (member,) = document("show", "latest", "slow/seed=1")["members"]
     assert member["metrics"] == {"toy/steps": 4.0} and member["artifact"]["files"] == {"value.json": 30}
