@@ -94,17 +94,7 @@ async def adapt(
     upload = await read_images(request, backend, limits.max_support, uri=True)
     require_known(request, upload.fields, (*_STREAMED, "wait"))
     given = _Settings(upload.fields)
-    asked = _request(
-        request,
-        tenant,
-        name,
-        given.text("method", method),
-        given.text("options", options),
-        given.number("step_cap", step_cap),
-        given.flag("dry_run", dry_run),
-        upload.images,
-        key,
-    )
+    asked = _request(request, tenant, name, method, options, step_cap, dry_run, upload.images, given, key)
     waits = given.flag("wait", len(upload.images) <= limits.async_support if wait is None else wait)
     if waits:
         report = await backend.adapt(asked)
@@ -193,17 +183,7 @@ async def stream(
     upload = await read_images(request, backend, limits.max_rows)
     require_known(request, upload.fields, _STREAMED)
     given = _Settings(upload.fields)
-    asked = _request(
-        request,
-        tenant,
-        name,
-        given.text("method", method),
-        given.text("options", options),
-        given.number("step_cap", step_cap),
-        given.flag("dry_run", dry_run),
-        upload.images,
-        key,
-    )
+    asked = _request(request, tenant, name, method, options, step_cap, dry_run, upload.images, given, key)
     answer = await backend.stream(asked)
     _observe(request, answer.report)
     report = report_json(answer.report)
@@ -226,11 +206,14 @@ def _request(
     step_cap: int | None,
     dry_run: bool,
     images: list[Any],
+    given: _Settings,
     key: str | None,
 ) -> AdaptRequest:
-    """The request to the adapter, after what can be told at once. Raises Refused (422)."""
+    """The request to the adapter, after what can be told at once; fields of the form count. Raises Refused (422)."""
     from serve.adapting import AdaptRequest
 
+    method, options = given.text("method", method), given.text("options", options)
+    step_cap, dry_run = given.number("step_cap", step_cap), given.flag("dry_run", dry_run)
     methods = backend_of(request).info.methods
     usable = [known for known, why in methods.items() if why is None]
     chosen = method or next((known for known in DEFAULT_ORDER if known in usable), "none")
