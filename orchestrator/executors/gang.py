@@ -47,6 +47,7 @@ class Desk:
         self._members: dict[str, list[Any]] = {}
         self._done: dict[str, list[set[int]]] = {}
         self._places: dict[str, list[str]] = {}
+        self._runners: dict[str, str] = {}
 
     def post(self, gang: str, member: Any) -> int:
         """Leave the next member of ``gang``; its number counts from 0."""
@@ -68,9 +69,16 @@ class Desk:
         """The ranks that the actor ``runner`` gathered sit in this placement group (both as hexadecimal ids)."""
         self._places.setdefault(runner, []).append(group)
 
-    def places(self, runner: str) -> list[str]:
-        """Placement groups of all gangs that ``runner`` gathered."""
-        return list(self._places.get(runner, []))
+    def places(self, runner: str | None = None) -> list[str]:
+        """Placement groups of all gangs that ``runner`` gathered; None: that anybody did."""
+        runners = list(self._places) if runner is None else [runner]
+        return [group for name in runners for group in self._places.get(name, [])]
+
+    def takes(self, work: str, runner: str) -> str | None:
+        """Note that the actor ``runner`` does ``work`` now; gives the actor that did it before, if it was another."""
+        before = self._runners.get(work)
+        self._runners[work] = runner
+        return before if before != runner else None
 
     def count(self, gang: str, number: int) -> int | None:
         """Ranks that have finished the member, or None for one that was never posted here (the desk was restarted)."""
@@ -136,8 +144,8 @@ class Gang:
         raise train_error(error, getattr(error, "worker_failures", {})) from None
 
 
-def free_places(sink: Any, runner: str) -> None:
-    """Give back what the ended actor ``runner`` held for its ranks.
+def free_places(sink: Any, runner: str | None = None) -> None:
+    """Give back what the ended actor ``runner`` held for its ranks; None: what all did whom this sink knows.
 
     Ray Train leaves this to an actor of its own, which finds nothing when several Rays live on one machine.
     """

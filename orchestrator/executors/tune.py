@@ -28,6 +28,7 @@ from ray.tune.search import Searcher
 from moe.errors import InfeasibleError, Interrupted, MoepipeError, RunFailed, SpecError
 from orchestrator.capacity import rank_demand
 from orchestrator.context import stop_flag
+from orchestrator.executors.gang import free_places
 from orchestrator.executors.tune_trial import OUTCOME, SCORE, STEP, Work, perform
 from orchestrator.search_run import Search, Trial, stopped
 from orchestrator.search_trial import Outcome
@@ -112,6 +113,8 @@ def run_on_tune(search: Search) -> None:
             raise RunFailed(f"{task.node}: Ray Tune stopped with {type(error).__name__}: {error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if sink is not None:
+            free_places(sink)  # Tune has ended the trials' processes, not what they held for their ranks
     if conductor.problem is not None:
         raise conductor.problem
 

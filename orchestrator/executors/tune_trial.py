@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 
 from orchestrator.blobs import write_atomic
 from orchestrator.context import TrainFunction, run_here
 from orchestrator.executors.base import Signal, Task
-from orchestrator.executors.gang import Gang
+from orchestrator.executors.gang import Gang, free_places
 from orchestrator.executors.ray_log import add_paths, captured
 from orchestrator.reporting import TaskReporter
 from orchestrator.search_trial import TrialMaker, found, run_trial, store_of
@@ -61,6 +62,8 @@ def perform(work: Work, point: Mapping[str, Any]) -> None:
     reused = found(work.maker, store, values) is not None
     log = Path(work.maker.make(number, values).log)
     log.parent.mkdir(parents=True, exist_ok=True)
+    if work.sink is not None:
+        _inherit(work.sink, number)
     _meet(Path(work.gate))
     watch = Watch(work, values)
     watch.replay()
@@ -75,6 +78,14 @@ def perform(work: Work, point: Mapping[str, Any]) -> None:
         step, score = watch.points[-1]
         last |= {STEP: step + 1, SCORE: score}
     tune.report(last)
+
+
+def _inherit(sink: Any, number: int) -> None:
+    """Free what the ranks of a process held that died over this trial: the ranks of this one want the place."""
+    runner = ray.get_runtime_context().get_actor_id() or ""
+    dead = ray.get(sink.takes.remote(str(number), runner))
+    if dead is not None:
+        free_places(sink, dead)
 
 
 def _meet(gate: Path) -> None:

@@ -135,9 +135,30 @@ def test_trials_without_a_place_for_long_are_an_error(ray_local, monkeypatch):
         watch.on_step_end(1, [Trial()])
 
 
+def free_cpus(ray, count, seconds=60):
+    """Wait until Ray has ``count`` logical CPUs to give away."""
+    end = time.monotonic() + seconds
+    while ray.available_resources().get("CPU", 0) < count and time.monotonic() < end:
+        time.sleep(0.2)
+    return ray.available_resources().get("CPU", 0)
+
+
 @pytest.mark.slow
-def test_trials_that_are_gangs_themselves(executor, store):
+def test_trials_that_are_gangs_themselves(executor, store, ray_local):
+    free = free_cpus(ray_local, 4)
     stages = search({"value": {"choice": [1, 5]}}, metric="value", stage={"kind": "gang"})
     stages["s"]["resources"] = {"workers": 2, "cpus": 1}
     _, folder, meta, _ = done(store, stages, executor=executor)
     assert meta["value"] == 6 and json.loads((folder / "search/best.json").read_text())["value"] == 5
+    assert free_cpus(ray_local, free) == free  # what the ranks held is given back in a Ray that goes on
+
+
+@pytest.mark.slow
+def test_a_gang_whose_trial_dies_leaves_its_place_to_the_next(executor, store, ray_local):
+    space = {"value": {"choice": [1, 5, 7]}}
+    stages = search(space, metric="value", stage={"kind": "gang", "config": {"die": True}})
+    stages["s"]["config"]["concurrency"] = 1
+    stages["s"]["resources"] = {"workers": 3, "cpus": 1}  # of four: two gangs have no room
+    _, _, meta, _ = done(store, stages, executor=executor)
+    assert meta["value"] == 8 and meta["search"]["trials"]["done"] == 3
+    assert free_cpus(ray_local, 3) >= 3

@@ -19,6 +19,7 @@ class GangConfig(StageConfig):
     """What the ranks compute."""
 
     value: int = Field(1, description="The number.")
+    die: bool = Field(False, description="The member's process dies once, when its ranks are there.")
 
 
 def job(config: dict[str, Any]) -> None:
@@ -40,4 +41,8 @@ class Stage(StageBase[GangConfig]):
         """Train, then read what rank 0 left."""
         path = context.scratch / "gang.json"
         context.train(job, {"path": str(path), "value": config.value})
+        died = context.scratch / "died"
+        if config.die and not died.exists():
+            died.touch()
+            os._exit(1)
         return write_value(context.output, int(json.loads(path.read_text())["value"]))
