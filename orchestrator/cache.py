@@ -70,6 +70,11 @@ def _flat(prefix: str, value: Any) -> dict[str, str]:
     return {prefix: canonical_json(value).decode()}
 
 
+def narrowed(node: Node) -> Any:
+    """The config of a node as far as its result may depend on it."""
+    return stage_of(node.kind).narrow(node.config, node.member)
+
+
 def code_parts(kind: str, config: Any) -> dict[str, str]:
     """The parts of a key that say which code makes the result of a stage kind with this config."""
     modules = [STAGES.module_name(kind), *stage_of(kind).code(config)]
@@ -81,14 +86,17 @@ def cache_key(
     input_digests: Mapping[str, Sequence[InputDigest]],
     external: Mapping[str, str] | None = None,
     code: Mapping[str, str] | None = None,
+    left_out: Mapping[str, Sequence[str]] | None = None,
 ) -> Key:
     """The key of a node whose inputs are known.
 
     Args:
-        node: the node; its kind, member, seed, threads and config count, its name only through the seed.
+        node: the node; its kind, member, seed, threads and config (``StageBase.narrow``) count, its name only through
+            the seed.
         input_digests: port -> (member name, artifact digest), in member order.
         external: digests of what the stage reads from outside the store, see ``StageBase.external``.
         code: result of :func:`code_parts`, when it is known already.
+        left_out: port -> members that failed and are tolerated.
 
     Raises:
         SpecError: unknown stage kind.
@@ -101,17 +109,19 @@ def cache_key(
         "seed": str(member_seed(node)),
         "threads": str(node.resources.threads),
     }
-    parts.update(_flat("config", keyed_config(node.config)))
+    own = narrowed(node)
+    parts.update(_flat("config", keyed_config(own)))
     parts.update(_flat("member", dict(node.member.params)))
     for port, arriving in sorted(input_digests.items()):
         parts[f"input.{port}"] = " ".join(f"{member}@{digest}" for member, digest in arriving)
+    parts.update({f"left_out.{port}": " ".join(names) for port, names in (left_out or {}).items() if names})
     parts.update({f"external.{name}": digest for name, digest in sorted((external or {}).items())})
-    parts.update(code_parts(node.kind, node.config) if code is None else code)
+    parts.update(code_parts(node.kind, own) if code is None else code)
     return Key(digest_of(canonical_json(parts)), parts)
 
 
 class KeyMaker:
-    """Keys of many nodes of one graph: code and outside files are digested once per stage.
+    """Keys of many nodes of one graph: code and outside files are digested once per stage and narrowed config.
 
     Args:
         data_root: folder with prepared data sets, handed to ``StageBase.external``.
@@ -119,33 +129,47 @@ class KeyMaker:
 
     def __init__(self, data_root: str | Path) -> None:
         self._data_root = str(data_root)
-        self._code: dict[str, dict[str, str]] = {}
-        self._external: dict[str, Mapping[str, str]] = {}
+        self._stages: dict[str, StageBase[Any]] = {}
+        self._code: dict[tuple[str, str], dict[str, str]] = {}
+        self._external: dict[tuple[str, str], Mapping[str, str]] = {}
 
     def read_code(self, nodes: Iterable[Node]) -> None:
         """Digest the code of all stages now, before any of it is imported: what runs later is checked against this."""
         for node in nodes:
-            if node.stage not in self._code:
-                self._code[node.stage] = code_parts(node.kind, node.config)
+            config, name = self._own(node)
+            if name not in self._code:
+                self._code[name] = code_parts(node.kind, config)
 
-    def key(self, node: Node, input_digests: Mapping[str, Sequence[InputDigest]]) -> Key:
-        """See :func:`cache_key`. All nodes of a stage share its config.
+    def _own(self, node: Node) -> tuple[Any, tuple[str, str]]:
+        """The narrowed config of a node, and a name for all nodes with the same one."""
+        config = narrowed(node)
+        return config, (node.stage, config.model_dump_json())
+
+    def key(
+        self,
+        node: Node,
+        input_digests: Mapping[str, Sequence[InputDigest]],
+        left_out: Mapping[str, Sequence[str]] | None = None,
+    ) -> Key:
+        """See :func:`cache_key`.
 
         Raises:
             MoepipeError: what the stage reads from outside is missing or damaged.
         """
         self.read_code([node])
-        return cache_key(node, input_digests, self.external(node), self._code[node.stage])
+        return cache_key(node, input_digests, self.external(node), self._code[self._own(node)[1]], left_out)
 
     def external(self, node: Node) -> Mapping[str, str]:
-        """Digests of what the node's stage reads from outside the store, worked out once.
+        """Digests of what the node reads from outside the store, worked out once per narrowed config.
 
         Raises:
             MoepipeError: it is missing or damaged.
         """
-        if node.stage not in self._external:
-            self._external[node.stage] = stage_of(node.kind).external(node.config, self._data_root)
-        return self._external[node.stage]
+        config, name = self._own(node)
+        if name not in self._external:
+            stage = self._stages.setdefault(node.stage, stage_of(node.kind))
+            self._external[name] = stage.external(config, self._data_root)
+        return self._external[name]
 
 
 def explain_miss(key: Key, earlier: Iterable[KeyRecord], node: str = "") -> str:
@@ -180,7 +204,19 @@ def explain_miss(key: Key, earlier: Iterable[KeyRecord], node: str = "") -> str:
 
 
 def _importance(name: str) -> tuple[int, str]:
-    order = ("format", "kind", "version", "config", "member", "external", "input", "code", "threads", "seed")
+    order = (
+        "format",
+        "kind",
+        "version",
+        "config",
+        "member",
+        "external",
+        "input",
+        "left_out",
+        "code",
+        "threads",
+        "seed",
+    )
     return order.index(name.partition(".")[0]), name
 
 
@@ -195,6 +231,8 @@ def _words(name: str, old: str | None, new: str | None) -> str:
         return f"source file {rest} {how}"
     if group == "input":
         return f"input {rest} " + ("is new" if old is None else "is gone" if new is None else "changed")
+    if group == "left_out":
+        return f"other members of input {rest} failed"
     if group == "external":
         return f"{rest} " + ("is new" if old is None else "is gone" if new is None else "changed")
     label = {"format": "the cache format", "version": "the stage's version"}.get(name, name)

@@ -81,6 +81,7 @@ class MemberContext:
     seed: int
     threads: int
     inputs: Mapping[str, Sequence[Input]]
+    left_out: Mapping[str, Sequence[str]]
     output: Path
     scratch: Path
     data_root: Path
@@ -180,7 +181,8 @@ def _produce(task: Task, store: Store, launcher: Launcher, reporter: TaskReporte
     for kind, module in task.kinds.items():  # those that the driver added by hand are unknown here
         STAGES.add(kind, module)
     stage: StageBase[Any] = importlib.import_module(task.module).Stage()
-    config = type(stage).Config.model_validate(task.config)
+    member = Member(task.member, task.params, task.weight)
+    config = stage.narrow(type(stage).Config.model_validate(task.config), member)
     _check_code(task, stage, config)
     inputs: dict[str, list[Input]] = {}
     for port, refs in task.inputs.items():
@@ -198,6 +200,7 @@ def _produce(task: Task, store: Store, launcher: Launcher, reporter: TaskReporte
             seed=task.seed,
             threads=task.resources.threads,
             inputs=inputs,
+            left_out=task.left_out,
             output=output,
             scratch=scratch,
             data_root=Path(task.data_root),
@@ -206,7 +209,7 @@ def _produce(task: Task, store: Store, launcher: Launcher, reporter: TaskReporte
             launcher=launcher,
         )
         start = time.monotonic()
-        meta = dict(stage.run(config, Member(task.member, task.params, task.weight), context))
+        meta = dict(stage.run(config, member, context))
         if task.left_out:
             meta["left_out"] = {port: list(names) for port, names in task.left_out.items()}
         return store.commit(output, task.output, meta, task.key, task.node, round(time.monotonic() - start, 3))

@@ -186,10 +186,14 @@ class _Loop:
                 self.announce(name)
         self.ready.sort(key=lambda name: (-self.rank[name], self.order[name]))
 
+    def key(self, name: str) -> Key:
+        """The key of a node whose inputs have arrived."""
+        return self.keys.key(self.graph.nodes[name], self.inputs[name].digests, self.inputs[name].left_out)
+
     def look_up(self, name: str) -> str | None:
         """Digest of the stored result of a node, told as a hit."""
         try:
-            key = self.keys.key(self.graph.nodes[name], self.inputs[name].digests)
+            key = self.key(name)
             artifact = self.store.lookup(key)
         except MoepipeError as error:
             self.fail(name, Decision("fail", "user", 1, 0, error.message), error)
@@ -243,7 +247,7 @@ class _Loop:
     def start(self, name: str) -> bool:
         """Start a node whose resources are taken; False when another run is making the same artifact."""
         node = self.graph.nodes[name]
-        key = self.keys.key(node, self.inputs[name].digests)
+        key = self.key(name)
         lock = self.store.try_lock(key)
         if lock is None:
             self.room.give_back(name)

@@ -95,6 +95,8 @@ class TrialMaker:
     def key_of(self, config: StageConfig, replicate: int, values: Values | None = None) -> Key:
         """The key of a run of a config of the wrapped stage; ``values`` may make it a segment."""
         task, values = self.task, values or {}
+        member = self.member(config, values)
+        config = self.stage.narrow(config, member)
         modules = (STAGES.module_name(self.config.stage.kind), *self.stage.code(config))
         if modules not in self._code:
             self._code[modules] = code_parts(self.config.stage.kind, config)
@@ -102,7 +104,7 @@ class TrialMaker:
             id=task.node,
             stage=task.node.partition("/")[0],
             kind=self.config.stage.kind,
-            member=self.member(config, values),
+            member=member,
             seed=self.seed(replicate),
             seed_index=None,
             config=config,

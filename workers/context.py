@@ -53,6 +53,7 @@ class Context(Reporter, Protocol):
         seed: integer derived from the run's seed and the member's name: the only source of randomness.
         threads: compute threads to use (``torch.set_num_threads``); part of the cache key.
         inputs: port name -> artifacts, in member order.
+        left_out: port name -> names of members that failed and are tolerated (``min_success``).
         output: empty folder; what is in it when ``run`` returns becomes the artifact.
         scratch: folder that survives crashes and resumes of this member (checkpoints); removed after the commit.
         data_root: folder with prepared data sets.
@@ -63,6 +64,7 @@ class Context(Reporter, Protocol):
     seed: int
     threads: int
     inputs: Mapping[str, Sequence[Input]]
+    left_out: Mapping[str, Sequence[str]]
     output: Path
     scratch: Path
     data_root: Path

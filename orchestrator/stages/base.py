@@ -119,6 +119,14 @@ class StageBase(Generic[C]):
         """The fan-out; one member by default."""
         return [Member()]
 
+    def narrow(self, config: C, member: Member) -> C:
+        """The config as far as the member's result may depend on it: what its key has, and what ``run`` sees.
+
+        A stage whose members are listed in its config leaves out the other members here; so a list that grows is a hit
+        for those that were there before. Made by ``model_copy``: it need not be a config that a user could write.
+        """
+        return config
+
     def code(self, config: C) -> list[str]:
         """Modules whose source decides the result besides this one's static import closure (registry choices)."""
         return []
@@ -140,7 +148,7 @@ class StageBase(Generic[C]):
     def run(self, config: C, member: Member, context: Context) -> Mapping[str, Any]:
         """Do the work: write files into ``context.output`` and return the artifact's small JSON ``meta``.
 
-        The files and ``meta`` must be a function of config, member, inputs and seed alone: no times, paths or host
-        names, so that an interrupted and resumed run gives the same digest.
+        ``config`` is that of :meth:`narrow`. The files and ``meta`` must be a function of config, member, inputs and
+        seed alone: no times, paths or host names, so that an interrupted and resumed run gives the same digest.
         """
         raise TypeError(f"{type(self).__module__} does not define run().")

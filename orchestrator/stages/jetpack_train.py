@@ -43,6 +43,11 @@ class Stage(StageBase[JetpackTrainConfig]):
         """One member per start, named as in the recycle stage."""
         return [Member(f"start={name}") for name in config.starts]
 
+    def narrow(self, config: JetpackTrainConfig, member: Member) -> JetpackTrainConfig:
+        """The recipe without the other starts."""
+        own = member.name.removeprefix("start=")
+        return config.model_copy(update={"starts": (own,), "save_model": config.keeps(own)})
+
     def weigh(self, config: JetpackTrainConfig, member: Member, inputs: Mapping[str, Any]) -> float:
         """Parameters of the network."""
         return float(next((meta["parameters"] for meta in inputs.get("start", ())), member.weight))

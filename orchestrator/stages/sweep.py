@@ -21,7 +21,7 @@ from orchestrator.stages.base import Member, StageBase, StageConfig
 from workers.context import Context
 from workers.domainbed.algorithms import MethodSpec, check_overrides, method_of
 from workers.domainbed.environments import REGISTRY_NAMES, SPLIT_OPTIONS
-from workers.domainbed.jobs import RESULTS, Job, Sweep, job_state, sweep_jobs
+from workers.domainbed.jobs import RESULTS, Job, Sweep, job_state, run_name, sweep_jobs
 from workers.domainbed.protocol import ProtocolName
 from workers.overlay import overlay
 
@@ -157,16 +157,9 @@ class SweepConfig(StageConfig):
         chosen = [list(envs) for envs in self.test_envs]
         return [job for job in sweep_jobs(self.sweep()) if not chosen or job.train_args["test_envs"] in chosen]
 
-    def expected(self) -> dict[str, dict[str, dict[str, int]]]:
-        """Number of runs with one held-out domain: data set -> algorithm -> domain -> count."""
-        counts: dict[str, dict[str, dict[str, int]]] = {}
-        for job in self.jobs():
-            args = job.train_args
-            if len(args["test_envs"]) == 1:
-                cells = counts.setdefault(args["dataset"], {}).setdefault(args["algorithm"], {})
-                domain = str(args["test_envs"][0])
-                cells[domain] = cells.get(domain, 0) + 1
-        return counts
+    def pairs(self) -> bool:
+        """Whether pairs of domains are held out, which leave-one-domain-out selection reads."""
+        return not self.single_test_envs or any(len(envs) > 1 for envs in self.test_envs)
 
 
 class Stage(StageBase[SweepConfig]):
@@ -176,19 +169,37 @@ class Stage(StageBase[SweepConfig]):
     per_seed: ClassVar[bool] = False
     Config: ClassVar[type[StageConfig]] = SweepConfig
 
+    def __init__(self) -> None:
+        self._files: dict[str, str | None] = {}
+
     def members(self, config: SweepConfig) -> list[Member]:
         """One member per run; the content of a finished run's records belongs to the member that takes it over."""
         found = []
         for job in config.jobs():
-            args = job.train_args
-            held_out = "+".join(map(str, args["test_envs"]))
-            name = f"{args['dataset']},{args['algorithm']},test={held_out},hparams={args['hparams_seed']},"
-            params: dict[str, Any] = {"args": args}
+            params: dict[str, Any] = {"args": job.train_args}
             taken = _finished(config.extends, job)
             if taken is not None:
                 params["records"] = hashlib.sha256(taken.read_bytes()).hexdigest()
-            found.append(Member(f"{name}trial={args['trial_seed']}", params, 0.1 if taken else 1.0))
+            found.append(Member(run_name(job.train_args), params, 0.1 if taken else 1.0))
         return found
+
+    def narrow(self, config: SweepConfig, member: Member) -> SweepConfig:
+        """The settings of one run: a sweep of more methods, sets, domains, seeds or trials trains what is new in it."""
+        dataset, method = (str(member.params["args"][name]) for name in ("dataset", "algorithm"))
+        return config.model_copy(
+            update={
+                "datasets": (dataset,),
+                "algorithms": (method,),
+                "methods": {name: spec for name, spec in config.methods.items() if name == method},
+                "environments": {name: count for name, count in config.environments.items() if name == dataset},
+                "n_trials": 1,
+                "n_hparams_from": 0,
+                "n_hparams": 1,
+                "test_envs": (),
+                "single_test_envs": config.evaluation == "exact" or not config.pairs(),
+                "extends": config.extends if "records" in member.params or not _there(config.extends) else None,
+            }
+        )
 
     def code(self, config: SweepConfig) -> list[str]:
         """The algorithms and data sets that are named."""
@@ -217,18 +228,17 @@ class Stage(StageBase[SweepConfig]):
                     pretrained = own.get("pretrained", common.pretrained if common else False)
                     digests[method] = weights_digest(name, pretrained, root)
         found = {f"weights/{name}": digest for name, digest in digests.items() if digest}
-        return found | _fingerprints(config, root)
+        return found | self._fingerprints(config, root)
 
     def run(self, config: SweepConfig, member: Member, context: Context) -> Mapping[str, Any]:
-        """Write ``results.jsonl`` and ``done``; ``meta`` has arguments, hyper-parameters and the whole sweep."""
+        """Write ``results.jsonl`` and ``done``; ``meta`` has arguments and hyper-parameters."""
         from workers.domainbed.run import RunSettings, run_job
         from workers.domainbed.takeover import take_over
 
         args = member.params["args"]
-        expected = {"expected": config.expected()}
         if "records" in member.params and config.extends is not None:
-            return {**take_over(Path(config.extends), args, member.params["records"], context), **expected}
-        if config.extends is not None and not Path(config.extends).expanduser().is_dir():
+            return take_over(Path(config.extends), args, member.params["records"], context)
+        if config.extends is not None:
             raise NotFoundError(
                 f"There is no folder {config.extends}, whose finished runs `extends` takes over.",
                 "Correct the path, which every node must see, or leave it out to train all runs.",
@@ -242,7 +252,7 @@ class Stage(StageBase[SweepConfig]):
             normalisation=config.normalisation,
             checkpoint_freq=config.checkpoint_freq,
             evaluation=config.evaluation,
-            pairs=not config.single_test_envs or any(len(envs) > 1 for envs in config.test_envs),
+            pairs=config.pairs(),
             uda_fraction=config.uda_holdout_fraction,
             precision=config.precision,
             device=config.device,
@@ -252,7 +262,24 @@ class Stage(StageBase[SweepConfig]):
             resume_every=config.resume_every,
             environments=config.environments,
         )
-        return {**run_job(args, settings, context), **expected}
+        return run_job(args, settings, context)
+
+    def _fingerprints(self, config: SweepConfig, root: Path) -> dict[str, str]:
+        """What the files of the data sets are, for those that have files; looked at once by a stage."""
+        from workers.data import parse_options
+        from workers.datasets.base import DATASETS
+        from workers.domainbed.environments import DEALT
+
+        for name in config.datasets:
+            if name in self._files:
+                continue
+            own = REGISTRY_NAMES.get(name, name)
+            fingerprint = None if name in DEALT else getattr(DATASETS.load(own), "fingerprint", None)
+            self._files[name] = None
+            if fingerprint is not None:
+                with suppress(NotFoundError, DataError):
+                    self._files[name] = fingerprint(root, parse_options(own, config.dataset_options))
+        return {f"files/{name}": digest for name in config.datasets if (digest := self._files[name])}
 
 
 def _is_emoe(method: MethodSpec, hparams: Mapping[str, Any]) -> bool:
@@ -260,20 +287,8 @@ def _is_emoe(method: MethodSpec, hparams: Mapping[str, Any]) -> bool:
     return method.algorithm == "emoe" or (method.algorithm == "gmoe" and bool(hparams.get("MoE_from_ffn")))
 
 
-def _fingerprints(config: SweepConfig, root: Path) -> dict[str, str]:
-    """What the files of the data sets are, for those that have files."""
-    from workers.data import parse_options
-    from workers.datasets.base import DATASETS
-    from workers.domainbed.environments import DEALT
-
-    found = {}
-    for name in config.datasets:
-        own = REGISTRY_NAMES.get(name, name)
-        fingerprint = None if name in DEALT else getattr(DATASETS.load(own), "fingerprint", None)
-        if fingerprint is not None:
-            with suppress(NotFoundError, DataError):
-                found[f"files/{name}"] = fingerprint(root, parse_options(own, config.dataset_options))
-    return found
+def _there(folder: str | None) -> bool:
+    return folder is None or Path(folder).expanduser().is_dir()
 
 
 def _finished(folder: str | None, job: Job) -> Path | None:

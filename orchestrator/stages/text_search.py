@@ -53,6 +53,21 @@ class Stage(StageBase[TextSearchConfig]):
         """One member per run."""
         return [Member(job.name, job.model_dump(mode="json")) for job in config.jobs()]
 
+    def narrow(self, config: TextSearchConfig, member: Member) -> TextSearchConfig:
+        """The settings without the other runs."""
+        job = Job(**member.params)
+        phase = config.phase(job.tuning).model_copy(update={"learning_rates": (job.lr,)})
+        other = "lora" if job.tuning == "full" else "full"
+        changes: dict[str, Any] = {
+            "methods": (job.method,),
+            "tunings": (job.tuning,),
+            job.tuning: phase,
+            other: TextSearchConfig.model_fields[other].get_default(call_default_factory=True),
+        }
+        if job.num_experts:
+            changes |= {"num_experts": (job.num_experts,), "top_k": (job.top_k,)}
+        return config.model_copy(update=changes)
+
     def external(self, config: TextSearchConfig, data_root: str) -> Mapping[str, str]:
         """The pretrained weights."""
         return weights_digest(config.model, data_root)

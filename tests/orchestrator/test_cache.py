@@ -52,6 +52,37 @@ def test_what_enters_the_key():
     assert len(digests) == 7
 
 
+def test_members_that_failed_enter_the_key_of_what_does_without_them():
+    base = node({"a": {"kind": "numbers"}}, "a/seed=0")
+    key = cache_key(base, {}, left_out={"p": ["m", "n"]})
+    assert key.parts["left_out.p"] == "m n" and key != cache_key(base, {}) == cache_key(base, {}, left_out={})
+
+
+def test_what_a_member_does_not_read_of_its_config_does_not_enter_its_key():
+    from orchestrator.stages.jetpack_train import JetpackTrainConfig
+    from orchestrator.stages.jetpack_train import Stage as JetpackTrain
+    from orchestrator.stages.text_search import Stage as TextSearch
+    from orchestrator.stages.text_search import TextSearchConfig
+
+    recipe, wider = (JetpackTrainConfig(batch_size=4, epochs=1, starts=names) for names in (("a",), ("b", "a")))
+    (member,) = JetpackTrain().members(recipe)
+    assert recipe == JetpackTrain().narrow(wider, member).model_copy(update={"save_model": True})
+    kept = wider.model_copy(update={"save_model": ("b",)})
+    assert JetpackTrain().narrow(kept, member).save_model is False
+
+    text = {"model": {"weights": "minilm"}, "num_experts": [4, 8], "top_k": [2]}
+    small = TextSearchConfig(**text, methods=["emoe"])
+    large = TextSearchConfig(**{**text, "num_experts": [4, 8, 16]}, methods=["dense", "emoe"], tunings=["lora", "full"])
+    own, all_ = ({m.name: m for m in TextSearch().members(config)} for config in (small, large))
+    assert len(own) == 6 and set(own) < set(all_)
+    stage, made = TextSearch(), set()
+    for name, member in own.items():
+        narrow = stage.narrow(small, member)
+        assert narrow == stage.narrow(large, all_[name]) and narrow.settings().jobs()[0].name == name
+        made.add(narrow.model_dump_json())
+    assert len(made) == 6
+
+
 def test_what_does_not_enter_the_key():
     stages = {"a": {"kind": "numbers"}}
     same = {

@@ -119,6 +119,44 @@ class TestTables:
             assert job_id(record["args"]) == run.name
 
 
+class TestGrowing:
+    """A sweep that grows trains what is new in it, as the public launcher does in a folder of results."""
+
+    def test_wider_in_any_direction(self, tmp_path):
+        first, _ = submit(tmp_path, algorithms=["ERM"], test_envs=[[0]])
+        assert len(first.artifacts) == 2
+        steps = (
+            ({"algorithms": ["ERM"]}, 1),
+            ({"algorithms": ["IRM", "ERM"], "methods": {"MINE": {"algorithm": "erm"}}}, 3),
+            ({"algorithms": ["ERM", "IRM"], "single_test_envs": False}, 6),
+            ({"algorithms": ["ERM"], "n_trials": 2, "n_hparams": 2}, 3),
+        )
+        for changes, hits in steps:
+            outcome, store = submit(tmp_path, **changes)
+            assert outcome.error is None and outcome.hits == hits, changes
+        alone, _ = submit(tmp_path, algorithms=["ERM"])
+        assert alone.hits == 4
+        assert "missing" not in (output(alone, store, "tables") / "tables.txt").read_text()
+
+    def test_other_data_sets_change_nothing(self):
+        one, more = (SweepConfig(**{**SWEEP, "datasets": names}) for names in (["Debug28"], ["PACS", "Debug28"]))
+        member = Stage().members(one)[0]
+        assert member in Stage().members(more)
+        assert Stage().narrow(one, member) == Stage().narrow(more, member)
+
+    def test_what_is_skipped_without_pairs_is_scored_with_them(self, tmp_path):
+        submit(tmp_path, algorithms=["ERM"], evaluation="needed")
+        outcome, _ = submit(tmp_path, algorithms=["ERM"], evaluation="needed", single_test_envs=False)
+        assert outcome.hits == 0
+
+    def test_only_a_changed_method_trains_anew(self, tmp_path):
+        mine = {"MINE": {"algorithm": "erm", "config": {"train": {"lr": 0.01}}}}
+        submit(tmp_path, algorithms=["ERM", "MINE"], methods=mine, test_envs=[[0]])
+        mine["MINE"]["config"]["train"]["lr"] = 0.02
+        outcome, _ = submit(tmp_path, algorithms=["ERM", "MINE"], methods=mine, test_envs=[[0]])
+        assert outcome.hits == 1 and not outcome.failures
+
+
 def problem(**changes):
     """The problem that a sweep with these settings has."""
     with pytest.raises(ValidationError) as caught:

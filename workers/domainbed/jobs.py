@@ -114,6 +114,20 @@ def job_id(train_args: Mapping[str, Any]) -> str:
     return hashlib.md5(text.encode("utf-8"), usedforsecurity=False).hexdigest()
 
 
+def run_name(train_args: Mapping[str, Any]) -> str:
+    """Short name of a run within a sweep, e.g. ``PACS,ERM,test=0+2,hparams=0,trial=1``."""
+    held_out = "+".join(map(str, train_args["test_envs"]))
+    seeds = f"hparams={train_args['hparams_seed']},trial={train_args['trial_seed']}"
+    return f"{train_args['dataset']},{train_args['algorithm']},test={held_out},{seeds}"
+
+
+def named_run(name: str) -> tuple[str, str, list[int]]:
+    """Data set, algorithm and held-out domains of a run by its :func:`run_name`."""
+    dataset, _, rest = name.partition(",")
+    algorithm, held_out, _, _ = rest.rsplit(",", 3)
+    return dataset, algorithm, [int(domain) for domain in held_out.removeprefix("test=").split("+")]
+
+
 def job_state(folder: Path) -> JobState:
     """``done`` when the run has left a file of that name, ``incomplete`` when there is only the folder."""
     if (folder / DONE).exists():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from moe.errors import DataError
 from workers.context import Context, Input
 from workers.domainbed.figures import accuracy_points, learning_curves, routing_maps
+from workers.domainbed.jobs import named_run
 from workers.domainbed.records import Record, read_run
 from workers.domainbed.report import Report, collect
 from workers.domainbed.routing import ATTENTION, ROUTING
@@ -39,10 +41,10 @@ def write_tables(config: Mapping[str, Any], context: Context) -> dict[str, Any]:
     if not runs:
         raise DataError("There is no run to make tables from.", "Wire a `sweep` stage to the input `runs`.")
     records = [record for artifact in runs for record in read_run(artifact.path).records]
-    missing = missing_runs(runs)
+    missing = missing_runs(context.left_out.get("runs", ()))
     labels = {str(a.meta["args"]["dataset"]): list(a.meta["labels"]) for a in runs if "labels" in a.meta}
     report = collect(records, config["selection"], labels, missing)
-    report, empty = _filled(_asked(report, runs))
+    report, empty = _filled(_asked(report, runs, missing))
     settings = _settings(runs)
     notes = [_note(key, labels, missing[key]) for key in missing] + empty
     head = [str(config["title"]), *(f"{name}: {value}" for name, value in settings.items())]
@@ -69,14 +71,12 @@ def write_tables(config: Mapping[str, Any], context: Context) -> dict[str, Any]:
     return {"title": config["title"], "runs": len(runs), "incomplete": notes, "scores": scores}
 
 
-def _asked(report: Report, runs: Sequence[Input]) -> Report:
+def _asked(report: Report, runs: Sequence[Input], missing: Iterable[tuple[str, str, int]]) -> Report:
     """Without the columns of domains that no run was asked to hold out."""
     asked: dict[str, set[int]] = {}
+    for dataset, _, domain in missing:
+        asked.setdefault(dataset, set()).add(domain)
     for artifact in runs:
-        for dataset, algorithms in artifact.meta["expected"].items():
-            asked.setdefault(dataset, set()).update(
-                int(domain) for domains in algorithms.values() for domain in domains
-            )
         args = artifact.meta["args"]
         asked.setdefault(args["dataset"], set()).update(args["test_envs"])
     tables = []
@@ -110,20 +110,10 @@ def headline(report: Report) -> dict[str, float]:
     return found
 
 
-def missing_runs(runs: Sequence[Input]) -> dict[tuple[str, str, int], int]:
-    """(Data set, algorithm, held-out domain) -> runs that the sweep asked for and that failed."""
-    wanted: dict[tuple[str, str, int], int] = {}
-    for artifact in runs:
-        for dataset, algorithms in artifact.meta["expected"].items():
-            for algorithm, domains in algorithms.items():
-                for domain, count in domains.items():
-                    key = (dataset, algorithm, int(domain))
-                    wanted[key] = max(count, wanted.get(key, 0))
-    for artifact in runs:
-        args = artifact.meta["args"]
-        if len(args["test_envs"]) == 1:
-            wanted[(args["dataset"], args["algorithm"], args["test_envs"][0])] -= 1
-    return {key: count for key, count in wanted.items() if count > 0}
+def missing_runs(left_out: Iterable[str]) -> dict[tuple[str, str, int], int]:
+    """(Data set, algorithm, held-out domain) -> runs with one held-out domain that failed; ``left_out`` names all."""
+    named = [named_run(name) for name in left_out]
+    return dict(Counter((dataset, method, held_out[0]) for dataset, method, held_out in named if len(held_out) == 1))
 
 
 def _settings(runs: Sequence[Input]) -> dict[str, str]:
