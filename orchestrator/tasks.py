@@ -49,5 +49,6 @@ def make_task(graph: Graph, node: Node, key: Key, inputs: Inputs, attempt: int, 
         weight=node.member.weight,
         leads=stage.leads,
         slots=slots,
+        retry=node.retry,
         kinds={kind: STAGES.module_name(kind) for kind in stage.kinds(node.config)},
     )

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 from moe.errors import MoepipeError
 from orchestrator.capacity import Capacity
-from orchestrator.spec import Resources
+from orchestrator.spec import Resources, Retry
 from orchestrator.store import Key
 
 Cause = Literal["user", "out_of_memory", "preemption", "infrastructure", "interrupted", "timeout", "upstream"]
@@ -42,6 +42,7 @@ class Task:
         inputs: port -> artifacts.
         left_out: port -> members that failed and were tolerated by ``min_success``.
         resources: what a rank takes.
+        retry: budgets by cause; the scheduler keeps them for members, a search for the processes of its trials.
         gang: the stage calls ``context.train``.
         store: URL of the store; ``cache`` its local folder.
         run: run id.
@@ -77,6 +78,7 @@ class Task:
     leads: bool = False
     slots: int = 1
     kinds: Mapping[str, str] = field(default_factory=dict)
+    retry: Retry = field(default_factory=Retry)
 
 
 @dataclass(frozen=True)

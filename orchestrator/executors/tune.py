@@ -37,7 +37,6 @@ from orchestrator.stages.base import STAGES
 from orchestrator.stages.search import SearchConfig
 
 PENDING_S = 300.0
-_DEATHS = 3
 _LOOK_S = 0.5
 _MOST_UPDATES = 10**7
 _TOLD = 12
@@ -101,7 +100,7 @@ def run_on_tune(search: Search) -> None:
         run_config=tune.RunConfig(
             name=uuid.uuid4().hex[:12],
             storage_path=str(folder),
-            failure_config=tune.FailureConfig(max_failures=_DEATHS),
+            failure_config=tune.FailureConfig(max_failures=task.retry.infrastructure),
             callbacks=[_Watch(conductor, sink)],
             verbose=0,
         ),
@@ -277,7 +276,9 @@ class Conductor:
         if result is not None and OUTCOME in result:
             outcome = Outcome(**{**json.loads(result[OUTCOME]), "curve": curve})
         elif error:
-            outcome = Outcome("failed", error=f"its process died {_DEATHS + 1} times", curve=curve)
+            deaths = self.search.context.task.retry.infrastructure + 1
+            times = "once" if deaths == 1 else f"{deaths} times"
+            outcome = Outcome("failed", error=f"its process died {times}", curve=curve)
         else:
             outcome = Outcome("stopped", curve=curve, steps=curve[-1][0] if curve else None)
         try:

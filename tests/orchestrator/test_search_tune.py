@@ -41,6 +41,14 @@ def test_a_trial_whose_process_dies_goes_on_from_its_checkpoint(executor, store)
     assert len(logs) == 3 and all("continues at step 4" in path.read_text() for path in logs)
 
 
+def test_a_stage_without_retries_gives_its_trials_none(executor, store):
+    stages = search({"x": {"choice": [0.2]}}, stage={"config": {"steps": 3, "die_at": 1}})
+    stages["s"]["retry"] = {"infrastructure": 0}
+    outcome, run = go(pipeline(stages), store, executor)
+    assert outcome.status == "failed"
+    assert "its process died once" in run.log_path("s/seed=0").read_text() + str(outcome.error)
+
+
 def test_asha_stops_bad_trials_early_and_a_repetition_runs_nothing(executor, store):
     space = {"x": {"choice": [0.3, 0.35, 0.9, 0.95, 1.0, 0.85]}}
     config = {"scheduler": "asha", "grace": 2, "reduction": 2, "concurrency": 1}
