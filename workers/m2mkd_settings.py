@@ -139,6 +139,12 @@ def without_effect(config: Config) -> str:
                 f"e2e.drop_path={config.e2e.drop_path} has no effect on a circuit; its stochastic depth is "
                 f"circuit.latent_graph_kwargs.path_drop_prob={own}."
             )
+        between = ((config.circuit_students or {}).get("mediator") or {}).get("path_drop_prob")
+        if between not in (None, config.student.drop_path):
+            return (
+                f"circuit_students.mediator.path_drop_prob={between} has no effect; students have the stochastic depth "
+                f"student.drop_path={config.student.drop_path}. Set that, or leave it out."
+            )
         given = {"assemble.keep_stitches": config.assemble.keep_stitches}
     kind = "V-MoE" if config.vmoe is not None else "circuit"
     for name, there in given.items():

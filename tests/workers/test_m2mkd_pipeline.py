@@ -477,6 +477,10 @@ def test_an_assembly_needs_every_module_once_and_of_the_right_width(data, frozen
         ({"assemble": {"resize_grid": True}}, "assemble.resize_grid has no effect on a V-MoE"),
         ({**CIRCUIT, "assemble": {"keep_stitches": True}}, "assemble.keep_stitches has no effect on a circuit"),
         ({**CIRCUIT, "e2e": {**PHASE, "drop_path": 0.2}}, "e2e.drop_path=0.2 has no effect on a circuit"),
+        (
+            {**CIRCUIT, "circuit_students": {**CIRCUIT["circuit_students"], "mediator": {"path_drop_prob": 0.3}}},
+            "mediator.path_drop_prob=0.3 has no effect",
+        ),
         ({"e2e": {**PHASE, "schedule": "constant", "warmup_epochs": 1}}, "e2e.warmup_epochs=1 has no effect"),
         ({"loss": {"kind": "hard", "tau": 2.0}}, "loss.tau=2.0 has no effect with kind: hard"),
         ({"fs": {**PHASE, "clip": 1.0}}, "leave clip, layer_decay and accumulate out"),
