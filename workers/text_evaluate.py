@@ -14,19 +14,19 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moe.errors import NotFoundError
 from workers.context import Context, Input
 from workers.device import setup
 from workers.glue import select_lr
 from workers.loop import mix
-from workers.text_merge import can_merge, merge_in_place
+from workers.text_merge import can_merge, merge_in_place, usage
 from workers.text_models import open_tuned
 from workers.text_settings import LABELS, SearchSettings
 from workers.text_split import labels_for, shared_split
 from workers.text_tokens import TokenRows, read_tokens
-from workers.text_train import EVAL_BATCH, ROUTING, RoutingCount, predict_rows, score_rows
+from workers.text_train import ROUTING, predict_rows, score_rows
 
 EVALUATION = "evaluation.json"
 Form = Literal["trained", "merged", "split"]
@@ -74,7 +74,7 @@ def evaluate_member(
             if form == "merged":
                 if not can_merge(run.meta):
                     continue
-                counts = None if merge_bias == "uniform" else _usage(model, run, splits["selection"], pad, device)
+                counts = None if merge_bias == "uniform" else usage(model, run.meta, splits["selection"], pad, device)
                 residual[seed] = merge_in_place(model, counts)
             elif form == "split":
                 if run.meta["emoe"] is not None:
@@ -98,6 +98,7 @@ def evaluate_member(
         "candidates": candidates,
         "results": results,
         "residual": residual,
+        "merge_bias": merge_bias,
         "steps": {str(run.meta["seed"]): run.meta["steps"] for run in selected},
         "trainable": selected[0].meta["trainable"],
         "layers": selected[0].meta["layers"],
@@ -180,10 +181,3 @@ def _split_at_test(model: nn.Module, settings: SearchSettings, run: Input, conte
     labels = labels_for(shared_split(settings, context), spec, layers)
     torch.manual_seed(mix(0, 5))
     convert_layers(model, layers, spec, labels)
-
-
-def _usage(model: nn.Module, run: Input, rows: TokenRows, pad: int, device: torch.device) -> dict[int, Tensor] | None:
-    """Choices of each expert on the selection rows, by layer."""
-    count = RoutingCount(model)
-    predict_rows(model, rows, pad, device, EVAL_BATCH, count.add)
-    return dict(zip(run.meta["layers"], count.counts, strict=True)) if count.counts else None

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from moe.errors import NotFoundError, SpecError
@@ -20,9 +21,11 @@ from workers.context import Context, Input
 from workers.device import setup
 from workers.modelfile import MODEL_FILE, save_tensors
 from workers.text_models import CONFIG, config_of, open_tuned
-from workers.text_tokens import TOKENIZER
+from workers.text_tokens import TOKENIZER, TokenRows, read_tokens
+from workers.text_train import EVAL_BATCH, RoutingCount, predict_rows
 
 FOLDER = "model"
+MergeBias = Literal["uniform", "usage"]
 
 
 def can_merge(meta: Mapping[str, Any]) -> bool:
@@ -42,25 +45,51 @@ def merge_in_place(model: nn.Module, counts: Mapping[int, Tensor] | None = None)
     return max(merge_layers(model, counts).values(), default=0.0)
 
 
-def merge_member(method: str, tuning: str, seed: int | None, context: Context) -> dict[str, Any]:
+def usage(
+    model: nn.Module, meta: Mapping[str, Any], rows: TokenRows, pad: int, device: torch.device
+) -> dict[int, Tensor] | None:
+    """How often each expert is chosen on some rows, by layer; None for a network without experts.
+
+    Args:
+        model: a tuned network.
+        meta: of its artifact.
+        rows: texts, in practice those that select.
+        pad: id of the padding token.
+        device: where to compute.
+    """
+    count = RoutingCount(model)
+    predict_rows(model, rows, pad, device, EVAL_BATCH, count.add)
+    return dict(zip(meta["layers"], count.counts, strict=True)) if count.counts else None
+
+
+def merge_member(
+    method: str, tuning: str, seed: int | None, merge_bias: MergeBias | None, context: Context
+) -> dict[str, Any]:
     """Write the merged network as a Hugging Face folder ``model`` with its tokenizer; returns ``meta``.
 
     Args:
         method: whose selected run is taken.
         tuning: likewise.
         seed: of the run; the one with the best selection score when left out.
+        merge_bias: how the experts' shares of the output bias are averaged; as in the evaluation when left out.
         context: ports ``tokens``, ``evaluations`` and ``models``.
 
     Raises:
         NotFoundError: that method was not evaluated, or the seed not trained.
         SpecError: copies of a whole layer.
     """
-    setup(context.threads, "cpu")
-    tokens, run = context.inputs["tokens"][0], _selected(method, tuning, seed, context)
+    device = setup(context.threads, "cpu").device
+    tokens = context.inputs["tokens"][0]
+    evaluation, run = _selected(method, tuning, seed, context)
+    merge_bias = merge_bias or evaluation["merge_bias"]
     if run.meta["emoe"] is not None and not can_merge(run.meta):
         raise SpecError(f"{method} holds copies of a layer, which have no dense form.", "Merge an EMoE method.")
     model: Any = open_tuned(run.path, run.meta, context.data_root)
-    residual = merge_in_place(model)
+    counts = None
+    if merge_bias == "usage":
+        rows, pad = read_tokens(tokens.path, tokens.meta)["selection"], int(tokens.meta["special"]["pad"])
+        counts = usage(model, run.meta, rows, pad, device)
+    residual = merge_in_place(model, counts)
     dense = model.merge_and_unload() if run.meta["lora"] is not None else model
     folder = context.output / FOLDER
     folder.mkdir()
@@ -89,7 +118,8 @@ def merge_member(method: str, tuning: str, seed: int | None, context: Context) -
     }
 
 
-def _selected(method: str, tuning: str, seed: int | None, context: Context) -> Input:
+def _selected(method: str, tuning: str, seed: int | None, context: Context) -> tuple[Mapping[str, Any], Input]:
+    """The record of the evaluation that selected, and the run."""
     found = [e.meta for e in context.inputs["evaluations"] if (e.meta["method"], e.meta["tuning"]) == (method, tuning)]
     if not found:
         have = ", ".join(sorted(f"{e.meta['method']} {e.meta['tuning']}" for e in context.inputs["evaluations"]))
@@ -100,4 +130,4 @@ def _selected(method: str, tuning: str, seed: int | None, context: Context) -> I
         runs = [m for m in runs if m.meta["seed"] == seed]
     if not runs:
         raise NotFoundError(f"{method} {tuning} has no selected run of seed {seed}.", f"Seeds: {chosen['seeds']}.")
-    return max(runs, key=lambda m: (m.meta["selection"]["average"], -m.meta["seed"]))
+    return found[0], max(runs, key=lambda m: (m.meta["selection"]["average"], -m.meta["seed"]))

@@ -17,6 +17,9 @@ class TextMergeConfig(StageConfig):
     method: str = Field(default="emoe", description="method of the search")
     tuning: Literal["full", "lora"] = Field(default="full", description="kind of tuning")
     seed: int | None = Field(default=None, ge=0, description="run of this seed; the best by selection score when null")
+    merge_bias: Literal["uniform", "usage"] | None = Field(
+        default=None, description="how merging averages the experts' shares of the output bias; null: as evaluated"
+    )
 
 
 class Stage(StageBase[TextMergeConfig]):
@@ -35,4 +38,4 @@ class Stage(StageBase[TextMergeConfig]):
         """Write ``model/`` (config, safetensors, tokenizer); ``meta`` has the residual of the merge."""
         from workers.text_merge import merge_member
 
-        return merge_member(config.method, config.tuning, config.seed, context)
+        return merge_member(config.method, config.tuning, config.seed, config.merge_bias, context)

@@ -32,7 +32,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra text"
 pytest.importorskip("peft", reason="needs the extra text")
 
 from workers.text_evaluate import evaluate_member, select  # noqa: E402
-from workers.text_merge import merge_in_place  # noqa: E402
+from workers.text_merge import merge_in_place, usage  # noqa: E402
 from workers.text_models import build_base, open_tuned, read_labels_file, source_digest  # noqa: E402
 from workers.text_train import predict_rows, score_rows, search_member  # noqa: E402
 
@@ -118,7 +118,11 @@ def test_the_whole_pipeline_with_a_report(store):
                 "config": {"model": config["model"], "emoe": config["emoe"], "measured": "all"},
             },
             "search": {"kind": "text_search", "inputs": wires, "config": config},
-            "evaluate": {"kind": "text_evaluate", "inputs": {**wires, "models": "${stages.search}"}, "config": config},
+            "evaluate": {
+                "kind": "text_evaluate",
+                "inputs": {**wires, "models": "${stages.search}"},
+                "config": {**config, "merge_bias": "usage"},
+            },
             "merged": {"kind": "text_merge", "inputs": {"tokens": tokens, **both}, "config": {"method": "emoe"}},
             "report": {
                 "kind": "text_report",
@@ -151,6 +155,17 @@ def test_the_whole_pipeline_with_a_report(store):
     merged = folder_of(store, folders["merged"]) / "model"
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(merged)
     assert type(plain).__name__ == "BertForSequenceClassification"
+    served = load_tensors(merged / MODEL_FILE)
+    runs = [store.artifact(digest) for digest in record["selected"]["runs"]]
+    run_ = max(runs, key=lambda artifact: artifact.meta["selection"]["average"])
+    encoded = store.artifact(outcome.artifacts["tokens"])
+    chosen = read_tokens(store.local_path(encoded), encoded.meta)["selection"]
+    differs = []
+    for by_usage in (True, False):  # merged as it was evaluated
+        model = open_tuned(store.local_path(run_), run_.meta, store.folder / "data")
+        merge_in_place(model, usage(model, run_.meta, chosen, 0, CPU) if by_usage else None)
+        differs.append(any(not torch.equal(value, served[name]) for name, value in model.state_dict().items()))
+    assert differs == [False, True]
 
 
 def folder_of(store, digest: str) -> Path:
