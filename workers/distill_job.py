@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from moe.errors import SpecError
+from moe.specs import BackboneSpec
 from workers.batches import ImageReader, Prefetcher
 from workers.checkpoints import CheckpointDir
 from workers.context import Reporter
@@ -44,6 +45,7 @@ from workers.modelfile import (
     model_meta,
     save_tensors,
 )
+from workers.networks import balance_left_out
 from workers.protocols import domain_rows
 from workers.schedules import constant, cosine_warmup, exponential_per_epoch
 from workers.second_order import prepare
@@ -89,6 +91,8 @@ def distill(config: dict[str, Any]) -> None:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     _check_tasks(settings, world_size)
     _check_student(job)
+    if left := balance_left_out(BackboneSpec(**job.student.meta["backbone"])):
+        reporter.log(f"the meta step has no {left}; it leaves the routers as balanced as its gradients keep them.")
     device = setup(job.threads, settings.device, rank).device
     data = load_data(job.dataset, job.options, Path(job.data_root))
     with ExitStack() as stack:
@@ -300,7 +304,7 @@ def write_result(job: DistillJob, module: EpisodeModule, result: FitResult) -> N
 
 def distilled_meta(job: DistillJob) -> dict[str, Any]:
     """The ``meta`` of the finished ``student`` artifact: how to rebuild student and aggregator, and its scores."""
-    from moe.specs import BackboneSpec, StudentMoESpec
+    from moe.specs import StudentMoESpec
 
     meta: Mapping[str, Any] = job.student.meta
     stored = meta.get("moe")

@@ -25,6 +25,17 @@ FRESH = ("classifier.", "moe.")
 """Parts of a student that pretrained weights never fill: they are made for the task."""
 
 
+def balance_left_out(spec: BackboneSpec) -> str:
+    """Balance losses that a sparse backbone asks for, in words, for a loss that has none; empty without."""
+    asked = {
+        "gmoe.aux_weight": 0.0 if spec.gmoe is None or spec.gmoe.balance == "none" else spec.gmoe.aux_weight,
+        "emoe.aux_weight": 0.0 if spec.emoe is None or spec.emoe.gate_noise == 0 else spec.emoe.aux_weight,
+        "vmoe.balance_weight": 0.0 if spec.vmoe is None else spec.vmoe.balance_weight,
+    }
+    found = [f"{name}={weight:g}" for name, weight in asked.items() if weight > 0]
+    return f"balance loss of experts ({', '.join(found)})" if found else ""
+
+
 def build_network(method: Algorithm[Any], classes: int, data_root: Path, init: Input | None = None) -> Student:
     """The network of an algorithm with its first weights, converted where the method converts it.
 

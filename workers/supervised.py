@@ -18,7 +18,7 @@ from workers.data import rows_of
 from workers.datasets.base import DomainData
 from workers.loop import mix
 from workers.modelfile import Form, load_classifier, model_meta
-from workers.networks import backbone_of, build_network, require_same
+from workers.networks import backbone_of, balance_left_out, build_network, require_same
 from workers.segments import Segment
 from workers.settings import AlgorithmBlock, TrainSettings
 from workers.train_model import train_model
@@ -93,7 +93,7 @@ def train_member(
     what = "all domains" if domains is None else f"domains {domains}"
     by = "" if algorithm is None else f" by {algorithm.name}"
     context.log(f"training {spec.name}{by} on {len(rows)} rows of {what}")
-    if method is None and (left := _left_out(spec)):
+    if method is None and (left := balance_left_out(spec)):
         context.log(f"plain training has no {left}; name an `algorithm` that has one, e.g. gmoe or emoe.")
     result = train_model(
         settings,
@@ -124,17 +124,6 @@ def train_member(
         "scores": {name: round(float(value), 6) for name, value in result.scores.items()},
         **more,
     }
-
-
-def _left_out(spec: BackboneSpec) -> str:
-    """Losses in the settings of a sparse backbone that plain training does not know; empty without."""
-    asked = {
-        "gmoe.aux_weight": 0.0 if spec.gmoe is None or spec.gmoe.balance == "none" else spec.gmoe.aux_weight,
-        "emoe.aux_weight": 0.0 if spec.emoe is None or spec.emoe.gate_noise == 0 else spec.emoe.aux_weight,
-        "vmoe.balance_weight": 0.0 if spec.vmoe is None else spec.vmoe.balance_weight,
-    }
-    found = [f"{name}={weight:g}" for name, weight in asked.items() if weight > 0]
-    return f"balance loss of experts ({', '.join(found)})" if found else ""
 
 
 def initial_network(
