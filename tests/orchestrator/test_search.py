@@ -53,6 +53,18 @@ def done(store, stages, **options):
     return outcome, store.local_path(artifact), artifact.meta, run.log_path("s/seed=0").read_text()
 
 
+def test_costs_what_all_of_its_trials_cost(store):
+    from orchestrator.compare_cost import Clock, training_hours
+    from orchestrator.compare_read import read_run
+
+    outcome, run = go(pipeline(search(stage={"config": {"steps": 2, "step_s": 0.05, "fail_above": 0.5}})), store)
+    assert outcome.status == "finished"
+    known = [record.seconds for record in store.records() if record.parts["kind"] == "score"]
+    hours = training_hours(read_run(run), ["s"], 0, Clock(store))
+    assert hours is not None and len(known) == 2 and sum(known) >= 0.2
+    assert hours.hours == pytest.approx(sum(known) / 3600) and hours.missing == 1  # of the trial that failed
+
+
 def failure(store, stages):
     outcome, _ = go(pipeline(stages), store)
     assert outcome.status == "failed"
