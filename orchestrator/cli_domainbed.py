@@ -102,7 +102,9 @@ def export(
     artifacts = [opened.artifact(node.artifact) for node in view.nodes.values() if node.artifact]
     runs = [artifact for artifact in artifacts if artifact.kind == "run"]
     if not runs:
-        raise NotFoundError(f"{run} has no finished run of a sweep.", "Only `sweep` stages make them; wait for one to finish.")
+        raise NotFoundError(
+            f"{run} has no finished run of a sweep.", "Only `sweep` stages make them; wait for one to finish."
+        )
     written, kept = export_runs(((a.meta["args"], opened.local_path(a)) for a in runs), folder)
     if json:
         console.emit_json({"folder": str(folder), "written": written, "kept": kept})
