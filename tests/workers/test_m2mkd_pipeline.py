@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from orchestrator.stages.m2mkd_assemble import M2mkdAssembleConfig
 from orchestrator.stages.m2mkd_teach import M2mkdTeachConfig
 from orchestrator.stages.m2mkd_teach import Stage as TeachStage
 from orchestrator.stages.m2mkd_train import M2mkdTrainConfig
+from tests.support.draws import leaves_random_alone
 from tests.support.pipelines import go, pipeline
 from tests.workers import toy
 from workers.context import Input
@@ -392,7 +392,7 @@ def photos() -> Any:
 
 
 def test_the_deit_recipe_is_a_function_of_the_step():
-    state = random.getstate(), torch.get_rng_state()
+    state = torch.get_rng_state()
     augment = Augmentation(image_size=16)
     rows = np.arange(96)
     one, other = (TrainImages(photos(), rows, 16, Phase(**PHASE), augment, 3, 0) for _ in range(2))
@@ -403,7 +403,8 @@ def test_the_deit_recipe_is_a_function_of_the_step():
     assert not torch.equal(one(6)[0].batch[0], first)
     repeated = one.chosen(0)
     assert len(set(repeated.tolist())) < len(repeated) == 16  # repeated augmentation
-    assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert leaves_random_alone(lambda: one(5))
     with pytest.raises(SpecError, match="cannot be augmented by the DeiT recipe"):
         TrainImages(toy.toy_data(), rows, 8, Phase(**PHASE), augment, 3, 0)
 
