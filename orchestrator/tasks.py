@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from orchestrator.cache import member_seed
 from orchestrator.executors.base import InputRef, Task
+from orchestrator.executors.ray_life import stall_seconds
 from orchestrator.frontier import Inputs
 from orchestrator.graph import Graph, Node
 from orchestrator.runs import Run
@@ -49,6 +50,7 @@ def make_task(graph: Graph, node: Node, key: Key, inputs: Inputs, attempt: int, 
         weight=node.member.weight,
         leads=stage.leads,
         slots=slots,
+        stall_s=stall_seconds(),
         retry=node.retry,
         kinds={kind: STAGES.module_name(kind) for kind in stage.kinds(node.config)},
     )

@@ -42,6 +42,7 @@ class Task:
         inputs: port -> artifacts.
         left_out: port -> members that failed and were tolerated by ``min_success``.
         resources: what a rank takes.
+        stall_s: silence after which a process that works on it counts as lost; 0 is never.
         retry: budgets by cause; the scheduler keeps them for members, a search for the processes of its trials.
         gang: the stage calls ``context.train``.
         store: URL of the store; ``cache`` its local folder.
@@ -78,6 +79,7 @@ class Task:
     leads: bool = False
     slots: int = 1
     kinds: Mapping[str, str] = field(default_factory=dict)
+    stall_s: float = 0.0
     retry: Retry = field(default_factory=Retry)
 
 

@@ -47,7 +47,7 @@ class Desk:
         self._members: dict[str, list[Any]] = {}
         self._done: dict[str, list[set[int]]] = {}
         self._places: dict[str, list[str]] = {}
-        self._runners: dict[str, str] = {}
+        self._runners: dict[str, tuple[str, Any]] = {}
 
     def post(self, gang: str, member: Any) -> int:
         """Leave the next member of ``gang``; its number counts from 0."""
@@ -74,11 +74,21 @@ class Desk:
         runners = list(self._places) if runner is None else [runner]
         return [group for name in runners for group in self._places.get(name, [])]
 
-    def takes(self, work: str, runner: str) -> str | None:
-        """Note that the actor ``runner`` does ``work`` now; gives the actor that did it before, if it was another."""
-        before = self._runners.get(work)
-        self._runners[work] = runner
+    def takes(self, work: str, runner: str, actor: Any = None) -> str | None:
+        """Note that the actor ``runner`` does ``work`` now; gives the actor that did it before, if it was another.
+
+        Args:
+            work: any name.
+            runner: hexadecimal id.
+            actor: its handle, for :meth:`actor`.
+        """
+        before, _ = self._runners.get(work, (runner, None))
+        self._runners[work] = runner, actor
         return before if before != runner else None
+
+    def actor(self, work: str) -> Any:
+        """Handle of the actor that took ``work``; None when nobody is known."""
+        return self._runners.get(work, ("", None))[1]
 
     def count(self, gang: str, number: int) -> int | None:
         """Ranks that have finished the member, or None for one that was never posted here (the desk was restarted)."""

@@ -27,6 +27,11 @@ VARIABLE = "MOEPIPE_STALL_S"
 LOOK_S = 1.0
 
 
+def stall_seconds() -> float:
+    """``MOEPIPE_STALL_S`` of this process's environment."""
+    return float(os.environ.get(VARIABLE, STALL_S))
+
+
 class Beats:
     """Says that this process is alive while the block runs.
 
@@ -72,7 +77,7 @@ class Lives:
     """
 
     def __init__(self, stall_s: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self.stall_s = float(os.environ.get(VARIABLE, STALL_S)) if stall_s is None else stall_s
+        self.stall_s = stall_seconds() if stall_s is None else stall_s
         self._clock = clock
         self._heard: dict[str, dict[str, float]] = {}
         self._hosts: dict[str, set[str]] = {}

@@ -30,6 +30,7 @@ from orchestrator.capacity import rank_demand
 from orchestrator.context import stop_flag
 from orchestrator.executors.gang import free_places
 from orchestrator.executors.tune_trial import OUTCOME, SCORE, STEP, Work, perform
+from orchestrator.executors.tune_watch import TrialLives
 from orchestrator.search_run import Search, Trial, stopped
 from orchestrator.search_trial import Outcome
 from orchestrator.spec import Resources
@@ -73,7 +74,7 @@ def run_on_tune(search: Search) -> None:
     task, config = search.context.task, search.config
     folder = search.context.scratch / "tune"
     shutil.rmtree(folder, ignore_errors=True)
-    sink = _sink() if task.gang and task.resources.workers > 1 else None
+    sink = _sink()
     work = Work(
         maker=search.maker,
         module=STAGES.module_name(config.stage.kind),
@@ -101,7 +102,7 @@ def run_on_tune(search: Search) -> None:
             name=uuid.uuid4().hex[:12],
             storage_path=str(folder),
             failure_config=tune.FailureConfig(max_failures=task.retry.infrastructure),
-            callbacks=[_Watch(conductor, sink)],
+            callbacks=[_Watch(conductor, TrialLives(sink, task.stall_s, search.context.log))],
             verbose=0,
         ),
     )
@@ -112,8 +113,10 @@ def run_on_tune(search: Search) -> None:
             raise RunFailed(f"{task.node}: Ray Tune stopped with {type(error).__name__}: {error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if sink is not None:
+        if task.gang:
             free_places(sink)  # Tune has ended the trials' processes, not what they held for their ranks
+        with suppress(RayError):
+            ray.kill(sink)
     if conductor.problem is not None:
         raise conductor.problem
 
@@ -333,10 +336,10 @@ class _Points(Searcher):  # type: ignore[misc]
 
 
 class _Watch(tune.Callback):  # type: ignore[misc]
-    """Looks twice a second whether the search was asked to stop and whether its trials find a place."""
+    """Looks twice a second whether the search was asked to stop, whether its trials live and find a place."""
 
-    def __init__(self, conductor: Conductor, sink: Any) -> None:
-        self._conductor, self._sink = conductor, sink
+    def __init__(self, conductor: Conductor, lives: TrialLives | None) -> None:
+        self._conductor, self._lives = conductor, lives
         self._next = 0.0
         self._pending_since: float | None = None
 
@@ -348,9 +351,8 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         self._next = now + _LOOK_S
         conductor = self._conductor
         context = conductor.search.context
-        if self._sink is not None:
-            with suppress(RayError):
-                ray.get(self._sink.drain.remote(), timeout=10)  # words of ranks; the trials' logs have them as well
+        if self._lives is not None:
+            self._lives.look()
         if conductor.problem is None and stopped(context):
             conductor.give_up(Interrupted(f"{context.task.node} was asked to stop.", "Finished trials are kept."))
         waiting = any(trial.status == "PENDING" for trial in trials)

@@ -18,7 +18,8 @@ from orchestrator.blobs import write_atomic
 from orchestrator.context import TrainFunction, run_here
 from orchestrator.executors.base import Signal, Task
 from orchestrator.executors.gang import Gang, free_places
-from orchestrator.executors.ray_log import add_paths, captured
+from orchestrator.executors.ray_life import Beats
+from orchestrator.executors.ray_log import SinkEmit, add_paths, captured
 from orchestrator.reporting import TaskReporter
 from orchestrator.search_trial import TrialMaker, found, run_trial, store_of
 from orchestrator.stages.base import STAGES
@@ -40,7 +41,7 @@ class Work:
         stop: file that asks for a stop.
         curve: what the scheduler looks at; None without one.
         gate: folder where the processes wait for each other at the start.
-        sink: actor that carries the words of ranks; None unless the stage is a gang of several ranks.
+        sink: actor that hears the signs of life of trials and ranks, and knows who does which trial.
     """
 
     maker: TrialMaker
@@ -49,7 +50,7 @@ class Work:
     stop: str
     curve: str | None
     gate: str
-    sink: Any = None
+    sink: Any
 
 
 def perform(work: Work, point: Mapping[str, Any]) -> None:
@@ -62,12 +63,11 @@ def perform(work: Work, point: Mapping[str, Any]) -> None:
     reused = found(work.maker, store, values) is not None
     log = Path(work.maker.make(number, values).log)
     log.parent.mkdir(parents=True, exist_ok=True)
-    if work.sink is not None:
-        _inherit(work.sink, number)
+    _begin(work.sink, number)
     _meet(Path(work.gate))
     watch = Watch(work, values)
     watch.replay()
-    with captured(log):
+    with captured(log), Beats(work.maker.make(number, values), SinkEmit(work.sink), "its process"):
         outcome = run_trial(work.maker, number, values, watch, _launcher(work), Path(work.stop).exists)
     if watch.ended is not None:
         raise watch.ended
@@ -80,10 +80,10 @@ def perform(work: Work, point: Mapping[str, Any]) -> None:
     tune.report(last)
 
 
-def _inherit(sink: Any, number: int) -> None:
-    """Free what the ranks of a process held that died over this trial: the ranks of this one want the place."""
-    runner = ray.get_runtime_context().get_actor_id() or ""
-    dead = ray.get(sink.takes.remote(str(number), runner))
+def _begin(sink: Any, number: int) -> None:
+    """Say who does the trial, and free what the ranks of a process held that died over it: its own want the place."""
+    here = ray.get_runtime_context()
+    dead = ray.get(sink.takes.remote(str(number), here.get_actor_id() or "", here.current_actor))
     if dead is not None:
         free_places(sink, dead)
 

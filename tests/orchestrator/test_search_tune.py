@@ -41,6 +41,19 @@ def test_a_trial_whose_process_dies_goes_on_from_its_checkpoint(executor, store)
     assert len(logs) == 3 and all("continues at step 4" in path.read_text() for path in logs)
 
 
+@pytest.mark.slow
+def test_a_trial_that_stands_still_is_tried_again(executor, store, monkeypatch):
+    monkeypatch.setenv("MOEPIPE_STALL_S", "8")
+    stages = search({"x": {"choice": [0.2, 0.4]}}, stage={"config": {"steps": 6, "freeze_at": 4}})
+    outcome, run = go(pipeline(stages), store, executor)
+    assert outcome.status == "finished"
+    assert store.artifact(outcome.artifacts["s/seed=0"]).meta["search"]["trials"]["done"] == 2
+    text = run.log_path("s/seed=0").read_text()
+    assert text.count("gave no sign of life for") == 2 and "it is tried again" in text
+    logs = sorted((run.path / "logs/s/seed=0").glob("trial=*.log"))
+    assert len(logs) == 2 and all("continues at step 4" in path.read_text() for path in logs)
+
+
 def test_a_stage_without_retries_gives_its_trials_none(executor, store):
     stages = search({"x": {"choice": [0.2]}}, stage={"config": {"steps": 3, "die_at": 1}})
     stages["s"]["retry"] = {"infrastructure": 0}

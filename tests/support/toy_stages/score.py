@@ -30,6 +30,7 @@ class ScoreConfig(StageConfig):
     fail_above: float = Field(2.0, description="Larger x raise an error.")
     nan_above: float = Field(2.0, description="Larger x score NaN.")
     die_at: int | None = Field(None, description="Step at which the process is killed, the first time.")
+    freeze_at: int | None = Field(None, description="Step at which the process stands still for good, the first time.")
     val_split: str = Field("val", description="Rows that are scored.")
 
 
@@ -51,9 +52,10 @@ class Stage(StageBase[ScoreConfig]):
         if done:
             context.log(f"continues at step {done}")
         for step in range(done, config.steps):
-            if step == config.die_at and not (context.scratch / "died").exists():
+            ends = {config.die_at: signal.SIGKILL, config.freeze_at: signal.SIGSTOP}
+            if step in ends and not (context.scratch / "died").exists():
                 (context.scratch / "died").touch()
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), ends[step])
             time.sleep(config.step_s)
             context.progress(step + 1, config.steps, **{"val/score": score * (step + 1) / config.steps})
             save(path, {"step": step + 1})
