@@ -232,7 +232,7 @@ def _words(name: str, old: str | None, new: str | None) -> str:
     if group == "input":
         return f"input {rest} " + ("is new" if old is None else "is gone" if new is None else "changed")
     if group == "left_out":
-        return f"other members of input {rest} failed"
+        return f"other members of input {rest} failed" if new else f"all members of input {rest} are there"
     if group == "external":
         return f"{rest} " + ("is new" if old is None else "is gone" if new is None else "changed")
     label = {"format": "the cache format", "version": "the stage's version"}.get(name, name)

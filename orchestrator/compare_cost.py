@@ -65,12 +65,11 @@ class Clock:
     def _trials(self, digest: str) -> list[float | None] | None:
         """Seconds of each run of a search's trials; None when its record is gone."""
         try:
-            path = self._store.local_path(self._store.artifact(digest)) / TRIALS
-            trials = json.loads(path.read_bytes())["trials"]
-        except (MoepipeError, OSError, ValueError, KeyError):
+            trials = json.loads(self._store.blobs.read(f"artifacts/{digest}/{TRIALS}") or b"")["trials"]
+        except (MoepipeError, ValueError, KeyError):
             return None
         made = {artifact for trial in trials for artifact in trial["artifacts"]}
-        lost = [None for trial in trials if not trial["artifacts"]]
+        lost = [None for trial in trials if trial["state"] != "done"]
         return [self._by_artifact.get(artifact) for artifact in sorted(made)] + lost
 
     @cached_property

@@ -115,7 +115,8 @@ class TrialMaker:
         )
         arriving = self.inputs(values).items()
         digests = {port: tuple((ref.member, ref.digest) for ref in refs) for port, refs in arriving}
-        return cache_key(node, digests, self.stage.external(config, task.data_root), self._code[modules])
+        external = self.stage.external(config, task.data_root)
+        return cache_key(node, digests, external, self._code[modules], task.left_out)
 
     def make(self, number: int, values: Values, replicate: int = 0) -> Task:
         """The task of one run.
@@ -205,7 +206,7 @@ def known_points(maker: TrialMaker, store: Store) -> list[Values]:
     names = list(space.dimensions)
     base = maker.key_of(maker.config.some(), 0).parts
     fixed = {name: base[name] for name in base if name in ("kind", "version", "seed", "threads", "format")}
-    fixed |= {name: base[name] for name in base if name.startswith("input.")}
+    fixed |= {name: base[name] for name in base if name.startswith(("input.", "left_out."))}
     points: dict[str, Values] = {}
     for record in store.records():
         if any(record.parts.get(name) != value for name, value in fixed.items()):

@@ -103,7 +103,7 @@ def circuit_students(data: str) -> dict[str, Fields]:
             "mod_fc_kwargs": _MOD,
         },
         "readin": {"tokenizer_kwargs": _tokenizer(28), "include_residual_in_read_in_attention": True},
-        "mediator": {"path_drop_prob": 0.1, "latent_attention_kwargs": {"share_layernorm": True}},
+        "mediator": {"latent_attention_kwargs": {"share_layernorm": True}},  # its path_drop_prob: see student.drop_path
         "readout": {"output_dim": 1000, "tokenizer_kwargs": {"softmax_type": "gumbel"}},
     }
 

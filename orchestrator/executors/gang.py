@@ -48,6 +48,7 @@ class Desk:
         self._done: dict[str, list[set[int]]] = {}
         self._places: dict[str, list[str]] = {}
         self._runners: dict[str, tuple[str, Any]] = {}
+        self._doing: dict[str, str] = {}
 
     def post(self, gang: str, member: Any) -> int:
         """Leave the next member of ``gang``; its number counts from 0."""
@@ -84,11 +85,13 @@ class Desk:
         """
         before, _ = self._runners.get(work, (runner, None))
         self._runners[work] = runner, actor
+        self._doing[runner] = work
         return before if before != runner else None
 
-    def actor(self, work: str) -> Any:
-        """Handle of the actor that took ``work``; None when nobody is known."""
-        return self._runners.get(work, ("", None))[1]
+    def runner(self, work: str) -> tuple[str, Any]:
+        """Id and handle of the actor that does ``work``; empty and None for one that took something else after it."""
+        runner, actor = self._runners.get(work, ("", None))
+        return (runner, actor) if self._doing.get(runner) == work else ("", None)
 
     def count(self, gang: str, number: int) -> int | None:
         """Ranks that have finished the member, or None for one that was never posted here (the desk was restarted)."""

@@ -97,6 +97,10 @@ class Lives:
         self._heard.pop(node, None)
         self._hosts.pop(node, None)
 
+    def nodes(self) -> list[str]:
+        """Who was heard of and not forgotten."""
+        return list(self._heard)
+
     def hosts(self, node: str) -> set[str]:
         """Nodes of the cluster where processes of the member were heard of."""
         return set(self._hosts.get(node, ()))

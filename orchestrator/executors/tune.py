@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,8 @@ def run_on_tune(search: Search) -> None:
     folder = search.context.scratch / "tune"
     shutil.rmtree(folder, ignore_errors=True)
     sink = _sink()
+    lives = TrialLives(sink, task.stall_s, search.context.log)
+    conductor.ended = lives.ended
     work = Work(
         maker=search.maker,
         module=STAGES.module_name(config.stage.kind),
@@ -102,7 +104,7 @@ def run_on_tune(search: Search) -> None:
             name=uuid.uuid4().hex[:12],
             storage_path=str(folder),
             failure_config=tune.FailureConfig(max_failures=task.retry.infrastructure),
-            callbacks=[_Watch(conductor, TrialLives(sink, task.stall_s, search.context.log))],
+            callbacks=[_Watch(conductor, lives)],
             verbose=0,
         ),
     )
@@ -217,6 +219,7 @@ class Conductor:
     Attributes:
         ahead: the next trial, already asked for; None at the end.
         problem: what ended the search.
+        ended: called with the number of every trial that has ended, and whether its process died over it.
         stop: file that asks the trials' processes to stop.
         gate: folder where these processes wait for each other at the start.
     """
@@ -226,6 +229,7 @@ class Conductor:
         self.live: dict[str, Trial] = {}
         self.curves: dict[str, list[tuple[int, float]]] = {}
         self.problem: MoepipeError | None = None
+        self.ended: Callable[[int, bool], None] = lambda trial, died: None
         self.stop: Path = search.context.scratch / "stop"
         self.stop.unlink(missing_ok=True)
         self.gate: Path = search.context.scratch / "gate"
@@ -275,6 +279,7 @@ class Conductor:
         trial = self.live.pop(trial_id, None)
         if trial is None:
             return
+        self.ended(trial.number, error)
         curve = tuple(self.curves.pop(trial_id, ()))
         if result is not None and OUTCOME in result:
             outcome = Outcome(**{**json.loads(result[OUTCOME]), "curve": curve})

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from orchestrator.executors.gang import free_places
 from orchestrator.executors.ray_life import VARIABLE, Lives
 
 _ANSWER_S = 10.0
@@ -20,7 +21,7 @@ def trial_of(node: str) -> str:
 
 
 class TrialLives:
-    """Ends the process of a trial that gives no sign of life, so that Tune starts the trial again.
+    """Ends the process of a trial that gives no sign of life: Tune starts the trial again, as often as it may.
 
     Args:
         sink: actor with the methods of :class:`orchestrator.executors.ray_actors.Sink`; trials and ranks beat there.
@@ -41,7 +42,26 @@ class TrialLives:
             self._lives.listen()
             for node, words in self._lives.silent().items():
                 self._lives.forget(node)
-                actor = ray.get(self._sink.actor.remote(trial_of(node)), timeout=_ANSWER_S)
+                _, actor = self._runner(trial_of(node))
                 if actor is not None:
-                    self._say(f"trial {trial_of(node)}: {words} and counts as lost ({VARIABLE}); it is tried again")
+                    self._say(f"trial {trial_of(node)}: {words} and counts as lost ({VARIABLE}): its process is ended")
                     ray.kill(actor)
+
+    def ended(self, trial: int, died: bool) -> None:
+        """A trial has ended for good; ranks that died over it are silent from now on.
+
+        Args:
+            trial: its number.
+            died: it ended because its process did, once too often: nobody else frees what its ranks held.
+        """
+        for node in [node for node in self._lives.nodes() if trial_of(node) == str(trial)]:
+            self._lives.forget(node)
+        if died:
+            with suppress(RayError):
+                runner, _ = self._runner(str(trial))
+                if runner:
+                    free_places(self._sink, runner)
+
+    def _runner(self, trial: str) -> tuple[str, Any]:
+        found: tuple[str, Any] = ray.get(self._sink.runner.remote(trial), timeout=_ANSWER_S)
+        return found

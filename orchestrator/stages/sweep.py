@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,7 +19,7 @@ from moe.errors import DataError, NotFoundError, SpecError
 from moe.specs import BackboneSpec
 from orchestrator.stages.base import Member, StageBase, StageConfig
 from workers.context import Context
-from workers.domainbed.algorithms import MethodSpec, check_overrides, method_of
+from workers.domainbed.algorithms import MethodSpec, algorithm_name, check_overrides, method_of
 from workers.domainbed.environments import REGISTRY_NAMES, SPLIT_OPTIONS
 from workers.domainbed.jobs import RESULTS, Job, Sweep, job_state, run_name, sweep_jobs
 from workers.domainbed.protocol import ProtocolName
@@ -88,13 +88,18 @@ class SweepConfig(StageConfig):
         try:
             methods = [method_of(name, self.methods) for name in self.algorithms]
             self._check_held_out(self.jobs())
-            given = json.loads(self.hparams) if isinstance(self.hparams, str) else self.hparams
+            given = self.overrides()
             backbone = None if self.backbone is None else self.backbone.model_dump(exclude_defaults=True)
-            check_overrides(given or {}, methods, self.protocol, self.datasets, backbone)
-            self._check_effects(methods, given or {}, backbone or {})
+            check_overrides(given, methods, self.protocol, self.datasets, backbone)
+            self._check_effects(methods, given, backbone or {})
         except SpecError as error:
             raise ValueError(str(error)) from None
         return self
+
+    def overrides(self) -> dict[str, Any]:
+        """``hparams`` by name."""
+        given: dict[str, Any] = json.loads(self.hparams) if isinstance(self.hparams, str) else (self.hparams or {})
+        return given
 
     def _check_held_out(self, jobs: Sequence[Job]) -> None:
         """Every entry of ``test_envs`` belongs to a run."""
@@ -170,7 +175,7 @@ class Stage(StageBase[SweepConfig]):
     Config: ClassVar[type[StageConfig]] = SweepConfig
 
     def __init__(self) -> None:
-        self._files: dict[str, str | None] = {}
+        self._digests: dict[tuple[str, ...], str] = {}
 
     def members(self, config: SweepConfig) -> list[Member]:
         """One member per run; the content of a finished run's records belongs to the member that takes it over."""
@@ -207,7 +212,9 @@ class Stage(StageBase[SweepConfig]):
         from workers.datasets.base import DATASETS
         from workers.domainbed.environments import DEALT
 
-        methods = {ALGORITHMS.module_name(method_of(name, config.methods).algorithm) for name in config.algorithms}
+        chosen = [method_of(name, config.methods) for name in config.algorithms]
+        files = {name for method in chosen for name in (method.algorithm, algorithm_name(method, config.overrides()))}
+        methods = {ALGORITHMS.module_name(name) for name in files}
         sets = {DATASETS.module_name(REGISTRY_NAMES.get(n, n)) for n in config.datasets if n not in DEALT}
         return sorted(methods | sets)
 
@@ -219,15 +226,19 @@ class Stage(StageBase[SweepConfig]):
         from workers.packaged_weights import weights_digest
 
         root, common = Path(data_root), config.backbone
-        digests = {common.name: weights_digest(common.name, common.pretrained, root)} if common else {}
+
+        def digest(name: str, pretrained: bool | str) -> str:
+            place = ("weights", name, str(pretrained), data_root)
+            return self._once(place, lambda: weights_digest(name, pretrained, root))
+
+        digests = {common.name: digest(common.name, common.pretrained)} if common else {}
         for method in dict.fromkeys(config.algorithms):
             own = method_of(method, config.methods).config.get("backbone") or {}
             if {"name", "pretrained"} & own.keys():
                 name = str(own.get("name", common.name if common else ""))
                 with suppress(NotFoundError):
-                    pretrained = own.get("pretrained", common.pretrained if common else False)
-                    digests[method] = weights_digest(name, pretrained, root)
-        found = {f"weights/{name}": digest for name, digest in digests.items() if digest}
+                    digests[method] = digest(name, own.get("pretrained", common.pretrained if common else False))
+        found = {f"weights/{name}": value for name, value in digests.items() if value}
         return found | self._fingerprints(config, root)
 
     def run(self, config: SweepConfig, member: Member, context: Context) -> Mapping[str, Any]:
@@ -265,26 +276,32 @@ class Stage(StageBase[SweepConfig]):
         return run_job(args, settings, context)
 
     def _fingerprints(self, config: SweepConfig, root: Path) -> dict[str, str]:
-        """What the files of the data sets are, for those that have files; looked at once by a stage."""
+        """What the files of the data sets are, for those that have files."""
         from workers.data import parse_options
         from workers.datasets.base import DATASETS
         from workers.domainbed.environments import DEALT
 
+        found = {}
         for name in config.datasets:
-            if name in self._files:
-                continue
             own = REGISTRY_NAMES.get(name, name)
             fingerprint = None if name in DEALT else getattr(DATASETS.load(own), "fingerprint", None)
-            self._files[name] = None
             if fingerprint is not None:
+                options = parse_options(own, config.dataset_options)
+                place = ("files", own, options.model_dump_json(), str(root))
                 with suppress(NotFoundError, DataError):
-                    self._files[name] = fingerprint(root, parse_options(own, config.dataset_options))
-        return {f"files/{name}": digest for name in config.datasets if (digest := self._files[name])}
+                    found[f"files/{name}"] = self._once(place, lambda: fingerprint(root, options))  # noqa: B023
+        return found
+
+    def _once(self, place: tuple[str, ...], find: Callable[[], str]) -> str:
+        """A digest of files, worked out once by this object: the runs of a sweep read the same ones."""
+        if place not in self._digests:
+            self._digests[place] = find()
+        return self._digests[place]
 
 
 def _is_emoe(method: MethodSpec, hparams: Mapping[str, Any]) -> bool:
     """Whether a method is an EMoE, also by the hyper-parameters of its fork."""
-    return method.algorithm == "emoe" or (method.algorithm == "gmoe" and bool(hparams.get("MoE_from_ffn")))
+    return algorithm_name(method, hparams) == "emoe"
 
 
 def _there(folder: str | None) -> bool:

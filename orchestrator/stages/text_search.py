@@ -64,8 +64,8 @@ class Stage(StageBase[TextSearchConfig]):
             job.tuning: phase,
             other: TextSearchConfig.model_fields[other].get_default(call_default_factory=True),
         }
-        if job.num_experts:
-            changes |= {"num_experts": (job.num_experts,), "top_k": (job.top_k,)}
+        sizes = ((job.num_experts,), (job.top_k,)) if job.num_experts else ((), ())
+        changes |= dict(zip(("num_experts", "top_k"), sizes, strict=True))
         return config.model_copy(update=changes)
 
     def external(self, config: TextSearchConfig, data_root: str) -> Mapping[str, str]:

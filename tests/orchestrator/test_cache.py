@@ -81,6 +81,9 @@ def test_what_a_member_does_not_read_of_its_config_does_not_enter_its_key():
         assert narrow == stage.narrow(large, all_[name]) and narrow.settings().jobs()[0].name == name
         made.add(narrow.model_dump_json())
     assert len(made) == 6
+    dense, more = (TextSearchConfig(**{**text, "num_experts": sizes}, methods=["dense"]) for sizes in ([4], [4, 8]))
+    (first, *_), (second, *_) = (TextSearch().members(config) for config in (dense, more))
+    assert first == second and stage.narrow(dense, first) == stage.narrow(more, second)
 
 
 def test_what_does_not_enter_the_key():

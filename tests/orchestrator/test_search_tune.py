@@ -119,6 +119,44 @@ def test_concurrency_is_what_fits(executor, store):
     assert len(lines) == 9
 
 
+def test_only_who_still_does_a_silent_trial_is_ended(ray_local):
+    from orchestrator.executors.base import Signal
+    from orchestrator.executors.ray_actors import RemoteSink
+    from orchestrator.executors.tune_watch import TrialLives
+
+    @ray_local.remote(num_cpus=0)
+    class Runner:
+        def here(self):
+            return True
+
+    def beat(trial, who):
+        signal = Signal(f"s/seed=0/trial={trial}/run=1", "beat", {"who": who, "host": "n"})
+        ray_local.get(sink.push.remote([signal]))
+
+    sink, runner, told = RemoteSink.remote(), Runner.remote(), []
+    lives = TrialLives(sink, 0.5, told.append)
+    take = lambda trial: ray_local.get(sink.takes.remote(str(trial), runner._actor_id.hex(), runner))  # noqa: E731
+    try:
+        for trial in (3, 5):  # a rank of theirs died without a farewell
+            take(trial)
+            beat(trial, "rank 1")
+        lives.look()
+        lives.ended(5, died=False)
+        take(7)
+        time.sleep(0.7)
+        lives.look()
+        assert ray_local.get(runner.here.remote()) and told == []
+        beat(7, "its process")
+        lives.look()
+        time.sleep(0.7)
+        lives.look()
+        assert len(told) == 1 and told[0].startswith("trial 7: its process gave no sign of life")
+        with pytest.raises(ray_local.exceptions.RayActorError):
+            ray_local.get(runner.here.remote())
+    finally:
+        ray_local.kill(sink)
+
+
 def test_what_is_missing_is_named(ray_local):
     from orchestrator.executors.tune import missing
     from orchestrator.spec import Resources

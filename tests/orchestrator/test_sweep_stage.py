@@ -138,6 +138,13 @@ class TestGrowing:
         assert alone.hits == 4
         assert "missing" not in (output(alone, store, "tables") / "tables.txt").read_text()
 
+    def test_the_code_of_a_run_is_what_its_hyper_parameters_choose(self):
+        emoe = {"protocol": "emoe_fork", "algorithms": ["GMOE"], "datasets": ["PACS"]}
+        for flag, name in (("vanilla_ViT", "erm"), ("MoE_from_ffn", "emoe")):
+            config = SweepConfig(**{**SWEEP, **emoe, "hparams": {flag: True}})
+            own = Stage().narrow(config, Stage().members(config)[0])
+            assert f"moe.algorithms.{name}" in Stage().code(own)
+
     def test_other_data_sets_change_nothing(self):
         one, more = (SweepConfig(**{**SWEEP, "datasets": names}) for names in (["Debug28"], ["PACS", "Debug28"]))
         member = Stage().members(one)[0]

@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 
 import workers.m2mkd_teach as teaching
-from moe.algorithms.m2mkd import Augmentation, Config, Phase
+from moe.algorithms.m2mkd import Augmentation, Config, Method, Phase
 from moe.conversion.teaching import TeachingPair, prefixes
 from moe.errors import CheckpointError, Interrupted, RunFailed, SpecError
 from moe.keymaps.m2mkd import to_official, write_module_files
@@ -389,6 +389,11 @@ def photos() -> Any:
     grey = toy.toy_data(size=24)
     pixels = np.repeat(np.stack([grey.images[row] for row in range(len(grey.labels))]), 3, axis=3)
     return replace(grey, images=pixels, info=replace(grey.info, channels=3))
+
+
+def test_students_of_a_published_circuit_take_another_stochastic_depth():
+    config = M2mkdTeachConfig(preset="tiny_imagenet_nac_scale_free", method={"student": {"drop_path": 0.2}})
+    assert Method(config.method).circuit_student(1, 200).path_drop_prob == 0.2
 
 
 def test_the_deit_recipe_is_a_function_of_the_step():

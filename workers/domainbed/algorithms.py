@@ -139,7 +139,7 @@ def _read(
     small: bool,
 ) -> set[str]:
     """Names of the hyper-parameters that a run of a method reads."""
-    name = _algorithm_name(method, overrides)
+    name = algorithm_name(method, overrides)
     read = {*_READ, *_FIELDS.get(method.hparams_of, {})}
     read |= {"vanilla_ViT", "MoE_from_ffn"} if method.algorithm == "gmoe" else set()
     if backbone is None and not small:
@@ -172,7 +172,7 @@ def make_algorithm(
     Raises:
         SpecError: settings that do not fit each other.
     """
-    name = _algorithm_name(method, hparams)
+    name = algorithm_name(method, hparams)
     kind = algorithm(name)
     network = dict(backbone or _default_backbone(name, hparams, data, protocol_name))
     if name == "gmoe" and network.get("gmoe") is None:
@@ -207,7 +207,7 @@ def make_algorithm(
         raise SpecError(f"The settings of {name} do not fit: {found}.") from None
 
 
-def _algorithm_name(method: MethodSpec, hparams: Mapping[str, Value]) -> str:
+def algorithm_name(method: MethodSpec, hparams: Mapping[str, Any]) -> str:
     """File of the algorithm; in EMoE's fork the hyper-parameters of GMOE decide among three."""
     if method.algorithm == "gmoe" and hparams.get("vanilla_ViT"):
         return "erm"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -122,10 +123,15 @@ def run_name(train_args: Mapping[str, Any]) -> str:
 
 
 def named_run(name: str) -> tuple[str, str, list[int]]:
-    """Data set, algorithm and held-out domains of a run by its :func:`run_name`."""
-    dataset, _, rest = name.partition(",")
-    algorithm, held_out, _, _ = rest.rsplit(",", 3)
-    return dataset, algorithm, [int(domain) for domain in held_out.removeprefix("test=").split("+")]
+    """Data set, algorithm and held-out domains of a run by its :func:`run_name`.
+
+    Raises:
+        SpecError: the member of another stage.
+    """
+    found = re.fullmatch(r"([^,]+),(.+),test=(\d+(?:\+\d+)*),hparams=\d+,trial=\d+", name)
+    if found is None:
+        raise SpecError(f"{name!r} is no run of a sweep.", "The tables are made from `sweep` stages.")
+    return found[1], found[2], [int(domain) for domain in found[3].split("+")]
 
 
 def job_state(folder: Path) -> JobState:
