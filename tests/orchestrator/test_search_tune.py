@@ -49,7 +49,7 @@ def test_a_trial_that_stands_still_is_tried_again(executor, store, monkeypatch):
     assert outcome.status == "finished"
     assert store.artifact(outcome.artifacts["s/seed=0"]).meta["search"]["trials"]["done"] == 2
     text = run.log_path("s/seed=0").read_text()
-    assert text.count("gave no sign of life for") == 2 and "it is tried again" in text
+    assert text.count("gave no sign of life for") == 2 and "its process is ended" in text
     logs = sorted((run.path / "logs/s/seed=0").glob("trial=*.log"))
     assert len(logs) == 2 and all("continues at step 4" in path.read_text() for path in logs)
 
