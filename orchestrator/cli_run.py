@@ -149,7 +149,7 @@ def drive_run(run: Run, store: Store, on: str, data_root: Path, quiet: bool, jso
         console.emit_json(console.finite({**document, "tracking": result.describe_tracking(driven.tracking())}))
         return
     result.show(document)
-    result.show_next(document, driven.tracking(), flags)
+    result.show_next(document, graph, driven.tracking(), flags)
 
 
 def _require_sources(run: Run, plan: Plan) -> None:

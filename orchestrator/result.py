@@ -16,7 +16,7 @@ from orchestrator.submit import Driven
 from orchestrator.tracking_state import TrackingState
 from orchestrator.ui import is_server, run_link
 
-TABLE = "table.txt"
+TABLES = ("table.txt", "tables.txt")
 PAGE = "report.html"
 
 
@@ -91,11 +91,11 @@ def describe_tracking(state: TrackingState | None) -> dict[str, Any] | None:
 
 
 def show(document: dict[str, Any]) -> None:
-    """The domain table and where the report is, for people."""
+    """The tables of the reports and where the pages are, for people."""
     for report in document["reports"]:
-        table = Path(report["path"]) / TABLE
-        if table.exists():
-            console.say("", table.read_text(encoding="utf-8").rstrip(), "")
+        for table in (Path(report["path"]) / name for name in TABLES):
+            if table.exists():
+                console.say("", table.read_text(encoding="utf-8").rstrip(), "")
     if document.get("searches"):
         from orchestrator.search_result import search_lines
 
@@ -114,20 +114,23 @@ def show(document: dict[str, Any]) -> None:
         console.say(f"report:  {console.short_path(page if page.exists() else page.parent)}")
 
 
-def show_next(document: dict[str, Any], state: TrackingState | None, flags: str) -> None:
-    """Where MLflow shows it, and three commands to go on with.
+def show_next(document: dict[str, Any], graph: Graph, state: TrackingState | None, flags: str) -> None:
+    """Where MLflow shows it, and commands to go on with.
 
     Args:
         document: of :func:`describe`.
+        graph: the pipeline; more seeds are of use to one that has stages with seeds.
         state: of the projection; None when there is none.
         flags: options that the commands need to find the same store.
     """
+    seeds = f"  moepipe plan {_again(document['options'])} --seeds 3,4,5{flags}"
+    seeded = any(view.stage.per_seed for view in graph.stages.values())
     if state is not None:
         console.say(f"MLflow:  {_mlflow(document['run'], state, flags)}")
     console.say(
         "next:",
         f"  moepipe show {document['run']}{flags}",
-        f"  moepipe plan {_again(document['options'])} --seeds 3,4,5{flags}",
+        *([seeds] if seeded else []),
         f"  moepipe ui{flags}",
     )
 

@@ -68,7 +68,7 @@ def test_submit_shows_the_reports_table(folder, monkeypatch):
     from orchestrator import result
 
     call("submit", "toy.yaml", *INLINE)
-    monkeypatch.setattr(result, "TABLE", "table.json")  # toy reports have no table.txt; any file will do
+    monkeypatch.setattr(result, "TABLES", ("table.json",))  # toy reports have no table.txt; any file will do
     monkeypatch.setattr(result, "PAGE", "value.json")
     text = call("submit", "toy.yaml", *INLINE).stdout
     assert '{"seed=0":' in text

@@ -7,6 +7,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
+from orchestrator import result
 from orchestrator.executors.inline import InlineExecutor
 from orchestrator.graph import build_graph
 from orchestrator.runs import RunStore
@@ -28,8 +29,8 @@ SWEEP = {
 }
 
 
-def submit(folder, **changes):
-    spec = PipelineSpec(
+def spec_of(**changes):
+    return PipelineSpec(
         apiVersion="moepipe/v1",
         name="sweep",
         seeds=[0],
@@ -42,7 +43,10 @@ def submit(folder, **changes):
             },
         },
     )
-    store = Store.open(folder / "store")
+
+
+def submit(folder, **changes):
+    spec, store = spec_of(**changes), Store.open(folder / "store")
     run = RunStore(store).create(spec)
     outcome = execute(build_graph(spec), store, run, InlineExecutor(), data_root=folder / "data")
     return outcome, store
@@ -78,7 +82,7 @@ def test_bad_settings_name_the_field(change, message):
 
 
 class TestTables:
-    def test_from_yaml_to_all_forms(self, tmp_path):
+    def test_from_yaml_to_all_forms(self, tmp_path, capsys):
         outcome, store = submit(tmp_path)
         assert outcome.error is None
         folder = output(outcome, store, "tables")
@@ -90,6 +94,11 @@ class TestTables:
         for name in ("tables.md", "tables.tex", "tables.csv", "tables.html", "report.html", "accuracy_Debug28.png"):
             assert (folder / name).stat().st_size > 0
         assert len(list((folder / "sweep").iterdir())) == 6
+        document = {"run": "r", "status": "finished", "members": 7, "hits": 0, "failed": {}, "options": {}}
+        result.show({**document, "reports": [{"path": str(folder)}]})
+        result.show_next(document, build_graph(spec_of()), None, "")
+        told = capsys.readouterr().out
+        assert text.strip() in told and "moepipe show r" in told and "--seeds" not in told  # a sweep has no seeds
 
     def test_finished_runs_of_another_folder_are_taken_over(self, tmp_path):
         first, store = submit(tmp_path / "a")
