@@ -130,6 +130,7 @@ class KeyMaker:
     def __init__(self, data_root: str | Path) -> None:
         self._data_root = str(data_root)
         self._stages: dict[str, StageBase[Any]] = {}
+        self._owned: dict[str, tuple[Any, tuple[str, str]]] = {}
         self._code: dict[tuple[str, str], dict[str, str]] = {}
         self._external: dict[tuple[str, str], Mapping[str, str]] = {}
 
@@ -141,9 +142,11 @@ class KeyMaker:
                 self._code[name] = code_parts(node.kind, config)
 
     def _own(self, node: Node) -> tuple[Any, tuple[str, str]]:
-        """The narrowed config of a node, and a name for all nodes with the same one."""
-        config = narrowed(node)
-        return config, (node.stage, config.model_dump_json())
+        """The narrowed config of a node, and a name for all nodes with the same one; worked out once."""
+        if node.id not in self._owned:
+            config = narrowed(node)
+            self._owned[node.id] = config, (node.stage, config.model_dump_json())
+        return self._owned[node.id]
 
     def key(
         self,

@@ -96,10 +96,10 @@ class TrialMaker:
         """The key of a run of a config of the wrapped stage; ``values`` may make it a segment."""
         task, values = self.task, values or {}
         member = self.member(config, values)
-        config = self.stage.narrow(config, member)
-        modules = (STAGES.module_name(self.config.stage.kind), *self.stage.code(config))
+        own = self.stage.narrow(config, member)
+        modules = (STAGES.module_name(self.config.stage.kind), *self.stage.code(own))
         if modules not in self._code:
-            self._code[modules] = code_parts(self.config.stage.kind, config)
+            self._code[modules] = code_parts(self.config.stage.kind, own)
         node = Node(
             id=task.node,
             stage=task.node.partition("/")[0],
@@ -115,7 +115,7 @@ class TrialMaker:
         )
         arriving = self.inputs(values).items()
         digests = {port: tuple((ref.member, ref.digest) for ref in refs) for port, refs in arriving}
-        external = self.stage.external(config, task.data_root)
+        external = self.stage.external(own, task.data_root)
         return cache_key(node, digests, external, self._code[modules], task.left_out)
 
     def make(self, number: int, values: Values, replicate: int = 0) -> Task:

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from moe.errors import SpecError
-from moe.specs import BackboneSpec
+from moe.specs import BackboneSpec, StudentMoESpec
 from workers.batches import ImageReader, Prefetcher
 from workers.checkpoints import CheckpointDir
 from workers.context import Reporter
@@ -304,8 +304,6 @@ def write_result(job: DistillJob, module: EpisodeModule, result: FitResult) -> N
 
 def distilled_meta(job: DistillJob) -> dict[str, Any]:
     """The ``meta`` of the finished ``student`` artifact: how to rebuild student and aggregator, and its scores."""
-    from moe.specs import StudentMoESpec
-
     meta: Mapping[str, Any] = job.student.meta
     stored = meta.get("moe")
     moe = StudentMoESpec(**stored) if stored is not None else job.settings.moe

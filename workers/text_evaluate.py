@@ -21,7 +21,7 @@ from workers.context import Context, Input
 from workers.device import setup
 from workers.glue import select_lr
 from workers.loop import mix
-from workers.text_merge import can_merge, merge_in_place, usage
+from workers.text_merge import MergeBias, can_merge, merge_in_place, usage
 from workers.text_models import open_tuned
 from workers.text_settings import LABELS, SearchSettings
 from workers.text_split import labels_for, shared_split
@@ -41,7 +41,7 @@ def evaluate_member(
     tuning: str,
     forms: Sequence[Form],
     batch_size: int,
-    merge_bias: Literal["uniform", "usage"],
+    merge_bias: MergeBias,
     context: Context,
 ) -> dict[str, Any]:
     """Select, test, and write ``evaluation.json``; ``meta`` is the same record.

@@ -75,13 +75,13 @@ class Desk:
         runners = list(self._places) if runner is None else [runner]
         return [group for name in runners for group in self._places.get(name, [])]
 
-    def takes(self, work: str, runner: str, actor: Any = None) -> str | None:
+    def takes(self, work: str, runner: str, actor: Any) -> str | None:
         """Note that the actor ``runner`` does ``work`` now; gives the actor that did it before, if it was another.
 
         Args:
             work: any name.
             runner: hexadecimal id.
-            actor: its handle, for :meth:`actor`.
+            actor: its handle, for :meth:`runner`.
         """
         before, _ = self._runners.get(work, (runner, None))
         self._runners[work] = runner, actor

@@ -61,13 +61,14 @@ def perform(work: Work, point: Mapping[str, Any]) -> None:
     number, values = int(point["number"]), dict(point["values"])
     store = store_of(work.maker.task)
     reused = found(work.maker, store, values) is not None
-    log = Path(work.maker.make(number, values).log)
+    task = work.maker.make(number, values)
+    log = Path(task.log)
     log.parent.mkdir(parents=True, exist_ok=True)
     _begin(work.sink, number)
     _meet(Path(work.gate))
     watch = Watch(work, values)
     watch.replay()
-    with captured(log), Beats(work.maker.make(number, values), SinkEmit(work.sink), "its process"):
+    with captured(log), Beats(task, SinkEmit(work.sink), "its process"):
         outcome = run_trial(work.maker, number, values, watch, _launcher(work), Path(work.stop).exists)
     if watch.ended is not None:
         raise watch.ended

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -131,7 +132,7 @@ class SweepConfig(StageConfig):
                 "A backbone has emoe, whose balance loss and gates only the algorithm emoe trains.",
                 "Give a dense backbone, and a method {algorithm: emoe, config: {emoe: ...}}.",
             )
-        if self.merge and not any(_is_emoe(method, hparams) for method in methods):
+        if self.merge and not any(algorithm_name(method, hparams) == "emoe" for method in methods):
             raise SpecError(f"merge is on, and none of {', '.join(self.algorithms)} is an EMoE.", "Set merge to false.")
         if self.task == "domain_adaptation" and not self.uda_holdout_fraction:
             raise SpecError(
@@ -229,7 +230,7 @@ class Stage(StageBase[SweepConfig]):
 
         def digest(name: str, pretrained: bool | str) -> str:
             place = ("weights", name, str(pretrained), data_root)
-            return self._once(place, lambda: weights_digest(name, pretrained, root))
+            return self._once(place, partial(weights_digest, name, pretrained, root))
 
         digests = {common.name: digest(common.name, common.pretrained)} if common else {}
         for method in dict.fromkeys(config.algorithms):
@@ -289,7 +290,7 @@ class Stage(StageBase[SweepConfig]):
                 options = parse_options(own, config.dataset_options)
                 place = ("files", own, options.model_dump_json(), str(root))
                 with suppress(NotFoundError, DataError):
-                    found[f"files/{name}"] = self._once(place, lambda: fingerprint(root, options))  # noqa: B023
+                    found[f"files/{name}"] = self._once(place, partial(fingerprint, root, options))
         return found
 
     def _once(self, place: tuple[str, ...], find: Callable[[], str]) -> str:
@@ -297,11 +298,6 @@ class Stage(StageBase[SweepConfig]):
         if place not in self._digests:
             self._digests[place] = find()
         return self._digests[place]
-
-
-def _is_emoe(method: MethodSpec, hparams: Mapping[str, Any]) -> bool:
-    """Whether a method is an EMoE, also by the hyper-parameters of its fork."""
-    return algorithm_name(method, hparams) == "emoe"
 
 
 def _there(folder: str | None) -> bool:
