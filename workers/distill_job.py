@@ -50,7 +50,7 @@ from workers.protocols import domain_rows
 from workers.schedules import constant, cosine_warmup, exponential_per_epoch
 from workers.second_order import prepare
 from workers.segments import STATE
-from workers.transforms import Transform, transform_for
+from workers.transforms import Transform, transform_after
 
 if TYPE_CHECKING:
     from moe.meta_step import EpisodeModule
@@ -157,9 +157,7 @@ def _data_side(
 
 
 def _transform(job: DistillJob, data: DomainData, name: str) -> Transform:
-    if name in job.transforms:
-        return Transform(job.transforms[name])
-    return transform_for(data.info, job.settings.image_size, train=name == "train")
+    return transform_after(job.student.meta, data.info, job.settings.image_size, train=name == "train")
 
 
 def build_module(job: DistillJob, data: DomainData) -> EpisodeModule:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moe.specs import MetaStepSpec, StudentMoESpec
-from workers.transforms import TransformSpec
 
 
 class DistillSettings(BaseModel):
@@ -131,9 +130,6 @@ class DistillJob(BaseModel):
     aggregator: StoredModel = Field(description="the pre-trained aggregator")
     features: list[str] = Field(min_length=1, description="feature folders of the experts, in expert order")
     groups: list[list[int]] = Field(description="domains of each expert, in expert order (the domain split)")
-    transforms: dict[str, TransformSpec] = Field(
-        default_factory=dict, description="'train' and 'eval'; the data set's official ones when left out"
-    )
     settings: DistillSettings = Field(description="how to train")
     seed: int = Field(description="the only source of randomness")
     threads: int = Field(default=1, ge=1, description="compute threads of each rank")

@@ -11,7 +11,7 @@ from workers.datasets.base import DomainData
 from workers.device import setup
 from workers.features import write_features
 from workers.modelfile import load_student
-from workers.transforms import transform_for
+from workers.transforms import transform_after
 
 
 def expert_features(
@@ -36,8 +36,7 @@ def expert_features(
         EnvironmentProblem: not enough disk space.
     """
     device = setup(context.threads).device
-    size = image_size or model.meta.get("image_size")
-    transform = transform_for(data.info, size, train=True)
+    transform = transform_after(model.meta, data.info, image_size or model.meta.get("image_size"), train=True)
     # The extractor view: for DenseNets it reads before the last ReLU, as official checkpoints do.
     student = load_student(model.path, model.meta).to(device)
     rows = rows_of(data, tuple(splits))

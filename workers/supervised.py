@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from workers.networks import backbone_of, balance_left_out, build_network, requi
 from workers.segments import Segment
 from workers.settings import AlgorithmBlock, TrainSettings
 from workers.train_model import train_model
+from workers.transforms import recorded, transform_after
 
 
 def expert_domains(groups: Input | None, count: int, group: int | None) -> list[int] | None:
@@ -69,7 +70,7 @@ def train_member(
         splits: whose rows are trained on.
         val_split: whose rows select the state.
         domains: keep only rows of these domains; None keeps all.
-        init: start from this model.
+        init: start from this model, behind the preprocessing that its record names.
         algorithm: what makes network, loss and updates; None is plain ERM.
         segment: train a part only.
 
@@ -95,6 +96,8 @@ def train_member(
     context.log(f"training {spec.name}{by} on {len(rows)} rows of {what}")
     if method is None and (left := balance_left_out(spec)):
         context.log(f"plain training has no {left}; name an `algorithm` that has one, e.g. gmoe or emoe.")
+    start: Mapping[str, Any] = {} if init is None else init.meta
+    training, evaluation = (transform_after(start, data.info, settings.image_size, train) for train in (True, False))
     result = train_model(
         settings,
         data,
@@ -106,6 +109,7 @@ def train_member(
         context.output,
         seed=context.seed,
         threads=context.threads,
+        transforms=(training, evaluation),
         algorithm=method,
         segment=segment,
     )
@@ -117,6 +121,7 @@ def train_member(
     return {
         **model_meta(form, built, data.info.num_outputs, feature_dim(built), data.info.name, block),
         "image_size": settings.image_size,
+        **recorded(start, evaluation),
         "rows": len(rows),
         "domains": domains,
         "steps": result.fit.steps,

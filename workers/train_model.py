@@ -32,7 +32,7 @@ from workers.sampling import EpochSampler, group_index
 from workers.schedules import constant, cosine_warmup, exponential_per_epoch, one_cycle
 from workers.segments import STATE, Segment
 from workers.settings import TrainSettings
-from workers.transforms import Transform, transform_for
+from workers.transforms import Transform
 
 __all__ = ["TrainResult", "TrainSettings", "train_model"]
 
@@ -64,7 +64,7 @@ def train_model(
     *,
     seed: int = 0,
     threads: int = 1,
-    transforms: tuple[Transform, Transform] | None = None,
+    transforms: tuple[Transform, Transform],
     algorithm: Algorithm[Any] | None = None,
     segment: Segment | None = None,
 ) -> TrainResult:
@@ -81,7 +81,7 @@ def train_model(
         output: folder of the result; None writes nothing.
         seed: of shuffling, augmentation and dropout.
         threads: compute threads.
-        transforms: (training, evaluation); by default the data set's official ones at ``settings.image_size``.
+        transforms: (training, evaluation).
         algorithm: makes losses, updates and averages, and gets its batches domain by domain; plain ERM without.
         segment: train a part only; if more is to come, the last state is written, with ``state/`` beside it.
 
@@ -90,10 +90,7 @@ def train_model(
         Interrupted: a stop was asked for; the last checkpoint is kept.
     """
     device = setup(threads, settings.device).device
-    train_transform, eval_transform = transforms or (
-        transform_for(data.info, settings.image_size, train=True),
-        transform_for(data.info, settings.image_size, train=False),
-    )
+    train_transform, eval_transform = transforms
     reader = ImageReader(data.images, train_transform, settings.loader_threads)
     same = eval_transform.identity == train_transform.identity
     eval_reader = reader if same else ImageReader(data.images, eval_transform, settings.loader_threads)

@@ -9,7 +9,7 @@ features of frozen networks can be cached under :attr:`Transform.identity`. Torc
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -220,6 +220,29 @@ def transform_for(
             augment=augment,
         )
     )
+
+
+def transform_after(meta: Mapping[str, Any], info: DatasetInfo, image_size: int | None, train: bool) -> Transform:
+    """The preprocessing in which work on a stored network goes on: the one that its record names, where it names one.
+
+    Args:
+        meta: the network's record; without ``transform`` in it the data set's official preprocessing is meant.
+        info: the data set's record.
+        image_size: another side in pixels; colours stay as the record says.
+        train: the training transform; see :func:`transform_for`.
+    """
+    official = transform_for(info, image_size, train)
+    if "transform" not in meta:
+        return official
+    own = TransformSpec(**meta["transform"]).model_copy(update={"augment": official.spec.augment})
+    if image_size is not None and own.size != (image_size, image_size):
+        own = own.model_copy(update={"size": (image_size, image_size), "short_edge": None})
+    return Transform(own)
+
+
+def recorded(start: Mapping[str, Any], transform: Transform) -> dict[str, Any]:
+    """What :func:`transform_after` adds to the record of a network that went on from ``start``; empty if nothing."""
+    return {"transform": transform.spec.model_dump(mode="json")} if "transform" in start else {}
 
 
 def _center_crop(stack: Image, side: int) -> Image:

@@ -33,6 +33,7 @@ class DistillConfig(StageConfig):
 class Stage(StageBase[DistillConfig]):
     """Meta-distil the experts into one adaptable student."""
 
+    version: ClassVar[int] = 2
     output: ClassVar[str] = "student"
     changeable: ClassVar[Sequence[str]] = (
         "training.student_lr",
@@ -63,13 +64,14 @@ class Stage(StageBase[DistillConfig]):
         from workers.data import open_data
         from workers.distill_job import DistillJob, StoredModel, distill, distilled_meta
         from workers.segments import segment_of
+        from workers.transforms import recorded, transform_after
 
         def stored(port: str) -> StoredModel:
             artifact = context.inputs[port][0]
             return StoredModel(path=str(artifact.path), meta=dict(artifact.meta))
 
         data = context.inputs["data"][0]
-        open_data(data, context.data_root)  # refuse changed files before any rank is started
+        info = open_data(data, context.data_root).info  # refuses changed files before any rank is started
         student = stored("student")
         settings = config.training
         if settings.image_size is None:
@@ -95,4 +97,5 @@ class Stage(StageBase[DistillConfig]):
         context.train(distill, job.model_dump(mode="json"))
         meta = distilled_meta(job)
         context.metrics({f"val/{name}": value for name, value in meta["scores"].items()}, step=meta["step"])
-        return {**meta, "image_size": settings.image_size}
+        evaluation = transform_after(student.meta, info, settings.image_size, train=False)
+        return {**meta, "image_size": settings.image_size, **recorded(student.meta, evaluation)}

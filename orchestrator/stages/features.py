@@ -33,6 +33,7 @@ class FeaturesConfig(StageConfig):
 class Stage(StageBase[FeaturesConfig]):
     """Features of frozen networks, one member per network."""
 
+    version: ClassVar[int] = 2
     output: ClassVar[str] = "features"
     inputs: ClassVar[Mapping[str, Port]] = {
         "data": Port("data", doc="the prepared data set"),

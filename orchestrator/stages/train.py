@@ -56,6 +56,7 @@ class TrainConfig(StageConfig):
 class Stage(StageBase[TrainConfig]):
     """Train a classifier on all rows, or one per group of domains."""
 
+    version: ClassVar[int] = 2
     output: ClassVar[str] = "model"
     changeable: ClassVar[Sequence[str]] = (
         "training.lr",

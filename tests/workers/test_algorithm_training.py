@@ -21,11 +21,15 @@ from tests.workers.test_loop import Recorder
 from tests.workers.toy import toy_data
 from workers.algorithm_options import make_algorithm
 from workers.batches import DomainSampler
+from workers.context import Input
+from workers.expert_features import expert_features
+from workers.features import FEATURES
 from workers.modelfile import MODEL_FILE, load_student, load_tensors, model_meta, save_tensors
 from workers.networks import build_network
 from workers.settings import AlgorithmBlock, TrainSettings
 from workers.supervised import train_member
 from workers.train_model import by_domain
+from workers.transforms import Transform, TransformSpec, transform_for
 
 DATA = toy_data()
 DENSE = BackboneSpec(name="timm:test_vit", channels=1, image_size=32)
@@ -154,3 +158,22 @@ def test_impossible_settings_are_refused_before_anything_runs():
     ):
         with pytest.raises(ValidationError, match=match):
             TrainConfig(backbone=SPARSE, training={**training, **changes}, algorithm=block)
+
+
+def test_work_on_a_stored_network_goes_on_behind_the_preprocessing_of_its_record(tmp_path):
+    init, _ = dense_artifact(tmp_path)
+    options = {"splits": ("val",), "image_size": 32, "batch_size": 8, "dtype": "float32", "precision": "fp32"}
+
+    def weights_and_features(name: str, own: Transform | None) -> tuple[bytes, bytes]:
+        record = {} if own is None else {"transform": own.spec.model_dump(mode="json")}
+        start = Input("", "", init.path, {**init.meta, **record})
+        meta = run(tmp_path / name, None, DENSE, start)
+        assert ("transform" in meta) == (own is not None) and {**meta, **record} == meta
+        frozen = context(tmp_path / name / "frozen")
+        expert_features(DATA, start, frozen, **options)
+        return (tmp_path / name / "out" / MODEL_FILE).read_bytes(), (frozen.output / FEATURES).read_bytes()
+
+    official = weights_and_features("none", None)
+    assert weights_and_features("same", transform_for(DATA.info, 32, train=False)) == official
+    other = weights_and_features("other", Transform(TransformSpec(normalisation="instance", size=(32, 32))))
+    assert all(mine != theirs for mine, theirs in zip(other, official, strict=True))

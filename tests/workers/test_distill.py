@@ -23,7 +23,7 @@ from workers.engines import deepspeed as parallel
 from workers.features import FeatureTable
 from workers.modelfile import load_aggregator, load_student, load_tensors
 from workers.protocols import domain_rows
-from workers.transforms import transform_for
+from workers.transforms import Transform, TransformSpec, transform_for
 
 MOE = {"num_experts": 4, "top_k": 2}
 
@@ -62,18 +62,35 @@ def test_it_learns_and_its_files_load_without_the_job(folder):
     assert meta["scores"] == record["scores"] and len(record["evaluations"]) == 4
     assert record["scores"]["accuracy"] == max(e["accuracy"] for e in record["evaluations"])
     assert meta["form"] == "student" and meta["adaptation"]["inner_lr"] == 0.05
-    student, aggregator = load_student(folder / "learn", meta), load_aggregator(folder / "learn", meta)
     data = toy_data(size=12)
-    table = FeatureTable([Path(path) for path in config["features"]])
     # The score written is that of the written files under the project's own adaptation.
-    reader = ImageReader(data.images, transform_for(data.info, None, train=False))
+    assert record["scores"]["accuracy"] == pytest.approx(accuracy(config, transform_for(data.info, None, train=False)))
+
+
+def accuracy(config, transform) -> float:
+    """Of the written student, adapted by the project's own method, on the validation domain."""
+    job, data = DistillJob(**config), toy_data(size=12)
+    meta = distilled_meta(job)
+    student, aggregator = load_student(Path(job.output), meta), load_aggregator(Path(job.output), meta)
+    table = FeatureTable([Path(path) for path in job.features])
+    reader = ImageReader(data.images, transform)
     (domain,) = domain_rows(data, "val", "official", 8)
     result = Method(Config(inner_lr=0.05)).adapt(
         student, reader.read(domain.adapt), table.tokens(domain.adapt), aggregator
     )
     with torch.no_grad():
         predictions = result.model(reader.read(domain.score)).argmax(1).numpy()
-    assert np.mean(predictions == data.labels[domain.score]) == pytest.approx(record["scores"]["accuracy"])
+    return float(np.mean(predictions == data.labels[domain.score]))
+
+
+def test_a_student_is_distilled_behind_the_preprocessing_of_its_record(folder):
+    config = distill_job(folder, "behind", steps=6, cadence="steps", evaluate_every=6)
+    own = Transform(TransformSpec(normalisation="instance"))
+    config["student"]["meta"]["transform"] = own.spec.model_dump(mode="json")
+    go(config)
+    found = json.loads((folder / "behind" / RESULT_FILE).read_text())["scores"]["accuracy"]
+    assert found == pytest.approx(accuracy(config, own))
+    assert found != pytest.approx(accuracy(config, transform_for(toy_data(size=12).info, None, train=False)))
 
 
 @pytest.mark.parametrize("stop", [1, 2])

@@ -47,6 +47,7 @@ def network() -> nn.Module:
 
 
 def train(tmp_path, settings=SETTINGS, reporter=None, data=DATA, name="a", **extra):
+    both = tuple(transform_for(data.info, settings.image_size, train=train) for train in (True, False))
     return train_model(
         settings,
         data,
@@ -57,6 +58,7 @@ def train(tmp_path, settings=SETTINGS, reporter=None, data=DATA, name="a", **ext
         tmp_path / f"scratch-{name}",
         tmp_path / name,
         seed=5,
+        transforms=both,
         **extra,
     )
 

@@ -7,7 +7,15 @@ from torchvision.transforms import functional
 
 from moe.errors import DataError, SpecError
 from workers.datasets.base import DatasetInfo
-from workers.transforms import IMAGENET_MEAN, IMAGENET_STD, Transform, TransformSpec, transform_for
+from workers.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Transform,
+    TransformSpec,
+    recorded,
+    transform_after,
+    transform_for,
+)
 
 
 def info(name, normalisation="imagenet", channels=3):
@@ -142,3 +150,16 @@ def test_the_centre_after_a_resize_of_the_short_edge_is_torchvisions(height, wid
     steps = [reference.Resize(48, reference.InterpolationMode.BICUBIC), reference.CenterCrop(42)]
     expected = np.asarray(reference.Compose(steps)(Image.fromarray(picture)))
     assert np.array_equal(ours.numpy(), expected.transpose(2, 0, 1))
+
+
+def test_a_stored_network_keeps_the_preprocessing_of_its_record():
+    own = TransformSpec(normalisation="unit", size=(12, 12), short_edge=14, channels=3)
+    meta = {"transform": own.model_dump(mode="json")}
+    rxrx1 = info("rxrx1", "instance")
+    assert transform_after({}, rxrx1, 16, True).identity == transform_for(rxrx1, 16, True).identity
+    assert transform_after(meta, rxrx1, None, False).spec == own
+    assert transform_after(meta, rxrx1, 12, True).spec == own.model_copy(update={"augment": True})
+    larger = own.model_copy(update={"size": (16, 16), "short_edge": None})
+    assert transform_after(meta, rxrx1, 16, False).spec == larger
+    assert recorded({}, transform_after({}, rxrx1, 16, False)) == {}
+    assert recorded(meta, transform_after(meta, rxrx1, None, False)) == meta
