@@ -196,11 +196,11 @@ def run_rank(payload: dict[str, Any]) -> None:
     from ray.util.placement_group import get_current_placement_group
 
     add_paths(payload["paths"])
-    import_ahead(payload["modules"])
     gang, sink, rank = payload["gang"], payload["sink"], ray.train.get_context().get_world_rank()
     group = get_current_placement_group()
-    if rank == 0 and group is not None:
+    if rank == 0 and group is not None:  # before the imports, which take seconds: who is ended meanwhile leaks it
         ray.get(sink.placed.remote(payload["runner"], group.id.hex()))
+    import_ahead(payload["modules"])
     number = 0
     while True:
         member = ray.get(sink.take.remote(gang, number))
