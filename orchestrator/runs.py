@@ -110,12 +110,11 @@ class Run:
             status: Status = ended.data["status"]
             return status
         owner = read_json(self.path / "owner.json")
-        if owner is None:
-            return "lost"
         with suppress(FileNotFoundError):
-            if alive(owner, (self.path / "owner.json").stat().st_mtime):
+            if owner is not None and alive(owner, (self.path / "owner.json").stat().st_mtime):
                 return "running"
-        return "lost"
+        ended = self._end()  # meanwhile: it ends first, and gives up its lock after that
+        return "lost" if ended is None else ended.data["status"]
 
     def _end(self) -> Event | None:
         last = None

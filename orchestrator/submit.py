@@ -8,9 +8,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import FrameType
 
 from orchestrator.events import Event
@@ -68,11 +69,29 @@ class StopRequests:
     """Ctrl-C, SIGTERM and ``moepipe cancel``, turned into the scheduler's two events.
 
     The first asks members to stop at their next checkpoint, the second ends them now, the third ends this process.
+    A signal's handler runs between any two instructions of the main thread, which may hold the lock of an event or of
+    the terminal just then: it only leaves word, and :meth:`serve` in another thread does the rest.
     """
 
     def __init__(self, display: Display, run: Run) -> None:
         self.stop, self.kill = threading.Event(), threading.Event()
         self._display, self._run = display, run
+        self._words: SimpleQueue[str] = SimpleQueue()  # the one queue that its own thread may interrupt
+        self._asked = self._ending = False
+
+    def serve(self, seconds: float) -> None:
+        """Do what the next signal asks for; wait at most so long for one."""
+        with suppress(Empty):
+            word = self._words.get(timeout=seconds)
+            if word == "kill":
+                self._display.note("Ending the members now.")
+                self.kill.set()
+            elif word:
+                self.graceful(word)
+
+    def wake(self) -> None:
+        """End the waiting of :meth:`serve`."""
+        self._words.put("")
 
     def graceful(self, why: str) -> None:
         """Ask members to stop at their next checkpoint."""
@@ -84,11 +103,12 @@ class StopRequests:
             )
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self.stop.is_set():
-            self.graceful("Stopping" if number == signal.SIGINT else "Asked to end")
-        elif number == signal.SIGINT and not self.kill.is_set():
-            self._display.note("Ending the members now.")
-            self.kill.set()
+        if not (self._asked or self.stop.is_set()):
+            self._asked = True
+            self._words.put("Stopping" if number == signal.SIGINT else "Asked to end")
+        elif number == signal.SIGINT and not self._ending:
+            self._ending = True
+            self._words.put("kill")
             raise KeyboardInterrupt
         elif number == signal.SIGINT:
             os._exit(130)
@@ -108,19 +128,33 @@ class StopRequests:
 
 
 class _Watch(threading.Thread):
-    """Looks at the cancel flag and at the MLflow process while the run goes on."""
+    """Serves stop signals, and looks at the cancel flag and at the MLflow process while the run goes on."""
 
     def __init__(self, run: Run, stops: StopRequests, display: Display, mirror: Mirror | None) -> None:
         super().__init__(name="moepipe-watch", daemon=True)
         self._run, self._stops, self._display, self._mirror = run, stops, display, mirror
-        self.done = threading.Event()
+        self._begun = self._done = False
+
+    def begin(self) -> None:
+        """The run is ours: look at its flag, too."""
+        self._begun = True
+
+    def end(self) -> None:
+        """Nothing more to watch."""
+        self._done = True
+        self._stops.wake()
+        self.join()
 
     def run(self) -> None:
         """Thread body."""
-        while not self.done.wait(_WATCH_S):
-            if cancel_flag(self._run).exists():
-                self._stops.graceful("Cancelled")
-            self.report_tracking()
+        looked = time.monotonic()
+        while not self._done:
+            self._stops.serve(_WATCH_S)
+            if self._begun and time.monotonic() - looked >= _WATCH_S:
+                looked = time.monotonic()
+                if cancel_flag(self._run).exists():
+                    self._stops.graceful("Cancelled")
+                self.report_tracking()
 
     def report_tracking(self) -> None:
         """Say once when MLflow does not work."""
@@ -148,15 +182,16 @@ def drive(run: Run, graph: Graph, store: Store, executor: Executor, data_root: P
         # The lock is ours from here on: an old wish to stop is void, and nobody else mirrors this run.
         if event.kind == "run-started":
             cancel_flag(run).unlink(missing_ok=True)
-            watch.start()
+            watch.begin()
             if mirror is not None:
                 mirror.start()
 
+    watch.start()
     try:
         with display, stops.installed(), redirect_stdout(sys.stderr):
             outcome = execute(graph, store, run, executor, [begin, display], data_root, stops.stop, stops.kill)
     finally:
-        watch.done.set()
+        watch.end()
     return Driven(outcome, mirror)
 
 

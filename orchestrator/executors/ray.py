@@ -34,6 +34,7 @@ PENDING_S = 300.0
 STUCK_S = 20.0  # longer than an actor takes to start
 PENDING_GROWING_S = 1800.0  # a cloud takes minutes for a node, and longer when it has none
 IDLE_GANG_S = 120.0
+_ANSWER_S = 10.0
 _PRESTARTED = 4
 
 
@@ -75,6 +76,7 @@ class RayExecutor:
         self._started = False
         self._pending_s = PENDING_S
         self._sink: Any = None
+        self._answer: Any = None  # of the sink, while it is late
         self._pool = Pool(self._end_actor)
         self._jobs: dict[str, _Job] = {}
         self._lives = Lives()
@@ -121,7 +123,7 @@ class RayExecutor:
         self._ray.open()
         from orchestrator.executors.ray_actors import RemoteSink
 
-        self._sink = RemoteSink.remote()  # type: ignore[attr-defined]
+        self._sink, self._answer = RemoteSink.remote(), None  # type: ignore[attr-defined]
         self._started = True
         if self._ray.embedded and self._preload:
             for _ in range(min(_PRESTARTED, self._ray.cores)):
@@ -129,7 +131,7 @@ class RayExecutor:
 
     def _recover(self, deliver: Deliver) -> None:
         """Report what was running as lost, and forget the dead Ray; the next task starts a new one."""
-        jobs, self._jobs, self._sink = list(self._jobs.values()), {}, None
+        jobs, self._jobs, self._sink, self._answer = list(self._jobs.values()), {}, None, None
         self._pool.clear(end=False)
         self._lives, self._hosts = Lives(), {}
         self._started = False
@@ -260,11 +262,18 @@ class RayExecutor:
     def _drain(self, deliver: Deliver) -> None:
         import ray
 
+        # An answer that is late is asked for again: the sink gives out every word once.
+        self._answer = self._answer or self._sink.drain.remote()
         try:
-            signals = ray.get(self._sink.drain.remote(), timeout=10)
+            signals = ray.get(self._answer, timeout=_ANSWER_S)
+        except ray.exceptions.GetTimeoutError:
+            self._replace_sink()
+            return
         except ray.exceptions.RayError:
+            self._answer = None
             self._replace_sink()
             return  # the sink is being restarted; only words are lost
+        self._answer = None
         self._deaf = time.monotonic()
         for signal in signals:
             job = self._jobs.get(signal.node)

@@ -172,3 +172,19 @@ def test_the_record_tells_the_whole_run(store):
     assert run.log_path("numbers/seed=0/item=1").exists()
     with pytest.raises(RunFailed, match="has ended"):
         go(pipeline(DIAMOND), store, run=run)
+
+
+def test_a_run_that_ends_while_its_status_is_asked_for_is_not_lost(runs, monkeypatch):
+    from orchestrator import runs as module
+
+    run = runs.create(SPEC)
+    read = module.read_json
+
+    def ends_first(path):
+        if path.name == "owner.json":
+            append_event(run.path / "events.jsonl", Event(0.0, "run-finished", "", {"status": "finished"}))
+        return read(path)
+
+    assert run.status == "lost"
+    monkeypatch.setattr(module, "read_json", ends_first)
+    assert run.status == "finished"
