@@ -15,13 +15,13 @@ from tests.chaos.killer import Family, Victim, kind_of
 # A driver with a raylet below it that has two workers, named as Ray names them.
 TREE = """
 import os, subprocess, sys, time
-sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+sleep = [sys.executable, "-c", "import time; time.sleep(300)"]
 names = ["ray::MemberRunner.run", "ray::IDLE", "ray::_RayTrainWorker__execute.get_next"]
 child = "import subprocess, sys, time\\n"
-child += "".join(f"subprocess.Popen(['bash', '-c', 'exec -a {name} sleep 60'])\\n" for name in names)
-child += "time.sleep(60)"
+child += "".join(f"subprocess.Popen(['bash', '-c', 'exec -a {name} sleep 300'])\\n" for name in names)
+child += "time.sleep(300)"
 subprocess.Popen(["/some/where/raylet", "-c", child], executable=sys.executable)
-time.sleep(60)
+time.sleep(300)
 """
 
 
@@ -30,7 +30,7 @@ def driver():
     process = subprocess.Popen([sys.executable, "-c", TREE])
     family = Family()
     try:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while not all(any(v.kind == kind for v in family.look(process.pid)) for kind in ("raylet", "member", "train")):
             assert time.monotonic() < end, family.known
             time.sleep(0.05)
@@ -39,7 +39,7 @@ def driver():
         process.kill()
         process.wait()
         family.clear()
-        assert not family.orphans(5)
+        assert not family.orphans(60)
 
 
 def test_names():
@@ -59,7 +59,7 @@ def test_each_kind_is_found_and_killed(driver):
     for kind in ("member", "train", "raylet"):
         victim = family.pick(process.pid, kind, rng)
         assert victim is not None and victim.kind == kind and victim.kill()
-        end = time.monotonic() + 5
+        end = time.monotonic() + 60
         while victim.alive and time.monotonic() < end:
             time.sleep(0.02)
         assert not victim.alive and not victim.kill()

@@ -147,6 +147,7 @@ def test_a_host_that_came_back_is_used_again(monkeypatch):
     machines = [{"cpus": 1.0}]
     graph = build_graph(pipeline({"n": {"kind": "numbers", "config": {"count": 2}}}))
     first, second = graph.nodes
+    monkeypatch.setattr(admission, "LOOK_S", 3600.0)
     room = Admission(graph, lambda: Capacity(tuple(machines)))
     room.open(graph.nodes)
     room.new_round()

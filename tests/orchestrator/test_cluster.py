@@ -48,11 +48,15 @@ class TestNamedRuns:
         runs, spec, said = RunStore(store), pipeline(DIAMOND), []
         run = runs.create(spec, name="nightly")
         (run.path / "owner.json").write_text(json.dumps({"host": "gone", "pid": 1}))
-        silent = time.time() - 58.0  # void after 60 s
-        os.utime(run.path / "owner.json", (silent, silent))
         monkeypatch.setattr(cluster_runs, "_POLL_S", 0.1)
         assert run.status == "running"
-        again = cluster_runs.run_named(runs, spec, "nightly", {}, said.append)
+
+        def listen(message):
+            said.append(message)
+            silent = time.time() - 61.0  # void after 60 s
+            os.utime(run.path / "owner.json", (silent, silent))
+
+        again = cluster_runs.run_named(runs, spec, "nightly", {}, listen)
         assert again.id == "nightly" and again.status == "lost" and "was driven by gone" in said[0]
 
 

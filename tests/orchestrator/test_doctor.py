@@ -85,7 +85,7 @@ def test_a_stranger_with_our_name_fails_the_doctor(tmp_path):
         env={**os.environ, "PYTHONPATH": f"{tmp_path / 'other'}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     document = json.loads(done.stdout)
     (check,) = [item for item in document["checks"] if item["name"] == "moepipe's packages"]
@@ -128,5 +128,5 @@ def test_ui_server_that_dies_is_an_error_with_its_log(tmp_path):
         Server("nonsense://x", port, tmp_path, tmp_path / "server.log") as server,
         pytest.raises(EnvironmentProblem, match="ended at once"),
     ):
-        server.wait_until_ready(60)
+        server.wait_until_ready(240)
     assert (tmp_path / "server.log").stat().st_size > 0

@@ -9,6 +9,7 @@ from random import Random
 from textwrap import dedent
 
 import pytest
+from ruamel.yaml.error import YAMLWarning
 
 from moe.errors import NotFoundError
 from orchestrator.loading import load, load_pipeline
@@ -258,13 +259,13 @@ def _reference(name, times=1):
 
 def test_references_cannot_blow_up(tmp_path):
     lists = "\n".join(f"  l{i}: [{', '.join([_reference(f'l{i - 1}')] * 10)}]" for i in range(1, 9))
-    started = time.process_time()
+    started = time.thread_time()
     found = messages(source(tmp_path, top=f"params:\n  l0: [1]\n{lists}\n"))
     assert any("more than 10,000 values" in text for text in found)
     texts = "\n".join(f"  t{i}: {_reference(f't{i - 1}', 10)}" for i in range(1, 9))
     found = messages(source(tmp_path, top=f"params:\n  t0: aaaaaaaaaa\n{texts}\n"))
     assert any("more than 100,000 characters" in text for text in found)
-    assert time.process_time() - started < 5
+    assert time.thread_time() - started < 5
 
 
 # ---- bad files ---------------------------------------------------------------------------------------------
@@ -321,19 +322,19 @@ def test_alias_bomb(tmp_path):
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
     path = tmp_path / "bomb.yaml"
     path.write_text("\n".join(lines))
-    started = time.process_time()
+    started = time.thread_time()
     (message,) = messages(path)
     assert "more than 10,000 values after its aliases are expanded" in message
-    assert time.process_time() - started < 2
+    assert time.thread_time() - started < 2
 
 
 def test_too_many_values_are_refused_before_they_are_all_read(tmp_path):
     path = tmp_path / "long.yaml"
     path.write_text("".join(f"k{i}: [1, 2, 3]\n" for i in range(50_000)))
-    started = time.process_time()
+    started = time.thread_time()
     (message,) = messages(path)
     assert "more than 10,000 values" in message
-    assert time.process_time() - started < 15
+    assert time.thread_time() - started < 15
 
 
 def test_anchors_and_merge_keys_work(tmp_path):
@@ -355,7 +356,9 @@ def test_anchors_and_merge_keys_work(tmp_path):
 def test_an_anchor_may_be_redefined_and_fifty_levels_are_fine(tmp_path, recwarn):
     top = "params:\n  a: &x 1\n  b: *x\n  c: &x 2\n  d: *x\n  e: " + "[" * 50 + "]" * 50 + "\n"
     params = load_pipeline(source(tmp_path, top=top)).params
-    assert (params["b"], params["d"]) == (1, 2) and not recwarn.list
+    # What earlier tests left behind may warn as well when it is collected.
+    told = [str(warning.message) for warning in recwarn if issubclass(warning.category, YAMLWarning)]
+    assert (params["b"], params["d"]) == (1, 2) and told == []
 
 
 def test_yaml_1_2(tmp_path):
@@ -553,9 +556,9 @@ def test_fifty_stages_and_a_thousand_members_load_in_half_a_second(tmp_path):
     path = write(tmp_path, "\n".join(lines))
     times = []
     for _ in range(3):
-        started = time.process_time()
+        started = time.thread_time()
         graph = load(path).graph
-        times.append(time.process_time() - started)
+        times.append(time.thread_time() - started)
     assert len(graph.nodes) > 1000 and len(graph.stages) == 50
     assert min(times) < 0.5
 

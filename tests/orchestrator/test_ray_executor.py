@@ -11,8 +11,28 @@ from orchestrator.runs import RunStore
 from orchestrator.store import Store
 from tests.support.pipelines import DIAMOND, go, pipeline
 
-SLOW = {"kind": "sleepy", "config": {"steps": 40, "step_s": 0.05, "checkpoint_every": 2}}
-LONG = {"kind": "sleepy", "config": {"steps": 200, "step_s": 0.03, "checkpoint_every": 2}}
+SLOW = {"kind": "sleepy", "config": {"steps": 4000, "step_s": 0.05, "checkpoint_every": 2}}
+
+
+@pytest.fixture
+def hurry(tmp_path):
+    """A file; from when on it is there, the steps of ``slow`` take no time."""
+    return tmp_path / "hurry"
+
+
+@pytest.fixture
+def slow(hurry):
+    """A stage that works for more than a minute, so that what happens meanwhile finds it at work."""
+    return {**SLOW, "config": {**SLOW["config"], "steps": 2000, "hurry": str(hurry)}}
+
+
+@pytest.fixture
+def calm(slow, hurry, tmp_path):
+    """What ``slow`` makes when nothing happens to it."""
+    hurry.touch()
+    outcome, _ = go(pipeline({"s": slow}), Store.open(tmp_path / "calm"))
+    hurry.unlink()
+    return outcome
 
 
 @pytest.fixture
@@ -38,8 +58,7 @@ def test_same_keys_and_digests_as_inline(executor, store, tmp_path):
     assert again.hits == len(again.artifacts)
 
 
-def test_a_killed_actor_is_retried_from_its_checkpoint_and_gives_the_same_digest(executor, store, tmp_path):
-    calm, _ = go(pipeline({"s": SLOW}), Store.open(tmp_path / "calm"))
+def test_a_killed_actor_is_retried_from_its_checkpoint_and_gives_the_same_digest(executor, store, slow, calm, hurry):
     pids = []
 
     def murder(event):
@@ -48,8 +67,9 @@ def test_a_killed_actor_is_retried_from_its_checkpoint_and_gives_the_same_digest
         if event.kind == "member-progress" and event.data["done"] >= 12 and len(pids) == 1:
             os.kill(pids[0], signal.SIGKILL)
             pids.append(0)
+            hurry.touch()
 
-    outcome, run = go(pipeline({"s": SLOW}), store, executor, listeners=[murder])
+    outcome, run = go(pipeline({"s": slow}), store, executor, listeners=[murder])
     assert outcome.status == "finished" and outcome.artifacts == calm.artifacts
     (failed,) = (event.data for event in run.events() if event.kind == "member-failed")
     assert failed["line"].startswith(
@@ -82,26 +102,26 @@ def test_a_process_that_exits_uses_up_its_budget(executor, store):
     assert "its worker process died" in outcome.error.message
 
 
-def test_graceful_stop_then_resume(executor, store, tmp_path):
-    calm, _ = go(pipeline({"s": LONG}), Store.open(tmp_path / "calm"))
+def test_graceful_stop_then_resume(executor, store, slow, calm, hurry):
     stop = threading.Event()
 
     def listen(event):
         if event.kind == "member-progress" and event.data["done"] >= 10:
             stop.set()
 
-    outcome, run = go(pipeline({"s": LONG}), store, executor, listeners=[listen], stop=stop)
+    outcome, run = go(pipeline({"s": slow}), store, executor, listeners=[listen], stop=stop)
     assert outcome.status == run.status == "interrupted"
+    hurry.touch()
     again = RunStore(store).resume(run.id)
-    finished, _ = go(pipeline({"s": LONG}), store, RayExecutor(), run=again)
+    finished, _ = go(pipeline({"s": slow}), store, RayExecutor(), run=again)
     assert finished.artifacts == calm.artifacts and "continues at step" in again.log_path("s/seed=0").read_text()
 
 
 def test_a_timeout_kills_the_actor(executor, store):
-    stages = {"s": {**SLOW, "config": {**SLOW["config"], "steps": 4000}, "timeout_s": 1.0}}
     start = time.monotonic()
-    outcome, _ = go(pipeline(stages), store, executor)
-    assert outcome.failures["s/seed=0"].cause == "timeout" and time.monotonic() - start < 60
+    outcome, _ = go(pipeline({"s": {**SLOW, "timeout_s": 1.0}}), store, executor)
+    # All steps take 200 s.
+    assert outcome.failures["s/seed=0"].cause == "timeout" and time.monotonic() - start < 180
 
 
 def test_custom_resources_and_capacity_come_from_the_cluster(executor, store):
@@ -118,3 +138,27 @@ def test_a_gang_is_a_ray_train_job(executor, store, tmp_path):
     said = [event.data["message"] for event in run.events() if event.kind == "member-log"]
     assert len(said) == 2 and len(set(said)) == 1, "the ranks stay for the next seed"
     assert list((store.folder / "scratch").iterdir()) == []
+
+
+def test_a_late_answer_of_the_sink_loses_no_words(ray_local, monkeypatch):
+    from orchestrator.executors import ray as module
+    from orchestrator.executors.base import Signal
+
+    @ray_local.remote(num_cpus=0)
+    class LateSink:
+        def __init__(self):
+            self.words = ["one", "two"]
+
+        def drain(self):
+            time.sleep(0.6)
+            words, self.words = self.words, []
+            return [Signal("s/seed=0", "log", {"message": word}) for word in words]
+
+    executor, told = RayExecutor(), []
+    executor._sink = LateSink.remote()
+    monkeypatch.setattr(module, "_ANSWER_S", 0.2)
+    deadline = time.monotonic() + 60
+    while not told and time.monotonic() < deadline:
+        executor._drain(told.append)
+    assert [signal.data["message"] for signal in told] == ["one", "two"]
+    ray_local.kill(executor._sink)

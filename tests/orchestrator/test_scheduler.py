@@ -219,7 +219,8 @@ def test_kill_ends_at_once(store):
     threading.Timer(0.2, kill.set).start()
     start = time.monotonic()
     outcome, _run = go(pipeline({"a": {"kind": "numbers"}}), store, executor, kill=kill)
-    assert outcome.status == "interrupted" and time.monotonic() - start < 5 and executor.closed
+    # By itself it goes on for 200 s.
+    assert outcome.status == "interrupted" and time.monotonic() - start < 60 and executor.closed
 
 
 def test_an_error_of_the_user_is_not_hidden_by_a_stop(store):
@@ -246,14 +247,28 @@ def test_equal_work_within_a_run_is_done_once(store):
     assert outcome.status == "finished"
 
 
+# Who makes the artifact is not done before the other one says that it waits.
 SECOND = """
-import json, sys
+import json, sys, time
+from pathlib import Path
+from types import SimpleNamespace
 from orchestrator.store import Store
 from tests.support.pipelines import go, pipeline
-stages = {"a": {"kind": "numbers", "config": {"sleep_s": 1.5}}}
+from tests.support.toy_stages import numbers
+store = Store.open(sys.argv[1])
+waits = Path(store.folder, "waits")
+def sleep(seconds):
+    end = time.monotonic() + 60
+    while not waits.exists() and time.monotonic() < end:
+        time.sleep(seconds)
+def listen(event):
+    if event.kind == "member-log":
+        waits.touch()
+numbers.time = SimpleNamespace(sleep=sleep)
+stages = {"a": {"kind": "numbers", "config": {"sleep_s": 0.1}}}
 print("ready", flush=True)
 sys.stdin.readline()
-outcome, run = go(pipeline(stages), Store.open(sys.argv[1]))
+outcome, run = go(pipeline(stages), store, listeners=[listen])
 events = list(run.events())
 print(json.dumps([outcome.status, outcome.hits, [e.data.get("message") for e in events if e.kind == "member-log"]]))
 """
@@ -287,9 +302,9 @@ def test_a_fan_out_of_500_empty_members_inline_is_quick_and_flat(store):
     graph = build_graph(pipeline(stages))
     assert len(graph.nodes) == 501
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.process_time()  # the machine may be busy with other things
+    start = time.thread_time()  # the machine, and other threads here, may be busy with other things
     outcome, _ = go(pipeline(stages), store)
-    assert outcome.status == "finished" and time.process_time() - start < 10
+    assert outcome.status == "finished" and time.thread_time() - start < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40 * 1024
 
 

@@ -135,6 +135,14 @@ def test_only_who_still_does_a_silent_trial_is_ended(ray_local):
         except ray_local.exceptions.RayActorError:
             return True
 
+    def look_until(condition):
+        """More than once: after a moment in which this process stood still, everybody gets a new start."""
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+            lives.look()
+
     def beat(trial, who):
         signal = Signal(f"s/seed=0/trial={trial}/run=1", "beat", {"who": who, "host": "n"})
         ray_local.get(sink.push.remote([signal]))
@@ -149,18 +157,12 @@ def test_only_who_still_does_a_silent_trial_is_ended(ray_local):
         lives.look()
         lives.ended(5, died=False)
         take(7)
-        time.sleep(0.7)
-        lives.look()
+        look_until(lambda: not lives._lives.nodes())  # the rank of trial 3 counts as lost
         assert ray_local.get(runner.here.remote()) and told == []
         beat(7, "its process")
-        lives.look()
-        time.sleep(0.7)
-        lives.look()
+        look_until(lambda: told)
         assert len(told) == 1 and told[0].startswith("trial 7: its process gave no sign of life")
-        deadline = time.monotonic() + 60
-        while not dead(runner):  # a kill takes effect a moment after it was sent
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        look_until(lambda: dead(runner))  # a kill takes effect a moment after it was sent
     finally:
         ray_local.kill(sink)
 

@@ -23,6 +23,7 @@ KEY = Key("ab" * 32, {"kind": "number"})
 @pytest.fixture(scope="module")
 def server():
     """moto's server, with an empty bucket; the variables that boto reads point at it."""
+    from moto.s3.responses import S3Response
     from moto.server import ThreadedMotoServer
 
     started = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -36,6 +37,14 @@ def server():
         "AWS_EC2_METADATA_DISABLED": "true",
     }
     with pytest.MonkeyPatch.context() as patch:
+        # S3 writes "only if it is not there" in one step, moto looks and then writes: no other upload in between.
+        one, upload = threading.Lock(), S3Response.put_object
+
+        def put_object(self):
+            with one:
+                return upload(self)
+
+        patch.setattr(S3Response, "put_object", put_object)
         for name, value in given.items():
             patch.setenv(name, value)
         import boto3
@@ -54,7 +63,15 @@ def url(server, tmp_path):
 @pytest.fixture
 def machine(url, tmp_path):
     """Opens the store as a machine with a disk of its own would."""
-    return lambda name: Store.open(url, tmp_path / name)
+    opened = []
+
+    def open_store(name):
+        opened.append(Store.open(url, tmp_path / name))
+        return opened[-1]
+
+    yield open_store
+    for store in opened:
+        store.claims()._held.clear()  # or a thread would beat, and try again and again, when the server is gone
 
 
 def fill(store, **files):
@@ -154,12 +171,16 @@ class TestClaims:
         assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "True\n"
         assert store.claims().holder_of("x") and store.claims().take("x")
 
-    def test_that_of_a_silent_holder_is_void_and_goes_to_one(self, machine):
-        dead = Claims(machine("a").blobs, beat_s=60.0, silent_s=2.0)
+    def test_that_of_a_silent_holder_is_void_and_goes_to_one(self, machine, monkeypatch):
+        dead = Claims(machine("a").blobs, beat_s=60.0)
         assert dead.take("x")
-        heirs = [Claims(machine("b").blobs, silent_s=2.0) for _ in range(4)]
+        blobs = machine("b").blobs
+        modified = blobs.modified
+        heirs = [Claims(blobs) for _ in range(4)]
         assert not heirs[0].take("x")
-        time.sleep(3.2)
+        late = 10 * cluster_claims.SILENT_S  # its last beat was so long ago
+        monkeypatch.setattr(blobs, "modified", lambda path: modified(path) - late * (dead.holder in path))
+        monkeypatch.setattr(cluster_claims, "_SETTLE_S", 5.0)  # for an heir that stands still for some seconds
         results = []
         threads = [threading.Thread(target=lambda heir=heir: results.append(heir.take("x"))) for heir in heirs]
         for thread in threads:
@@ -169,6 +190,8 @@ class TestClaims:
         assert results.count(True) == 1
         dead.release("x")  # it comes back and must not take what is no longer its own
         assert dead.holder_of("x") in {heir.holder for heir in heirs}
+        for heir in heirs:
+            heir.release("x")
 
 
 def test_a_second_run_on_another_machine_waits_and_hits(machine):
@@ -238,7 +261,7 @@ def test_a_lost_machine_costs_what_came_after_the_last_copied_checkpoint(machine
 
 
 def test_a_live_run_cannot_be_driven_twice_and_can_be_followed_and_cancelled(machine):
-    stages = {"s": {"kind": "sleepy", "config": {"steps": 2000, "step_s": 0.02, "checkpoint_every": 5}}}
+    stages = {"s": {"kind": "sleepy", "config": {"steps": 10_000, "step_s": 0.02, "checkpoint_every": 5}}}
     here, there = machine("a"), machine("b")
     spec = pipeline(stages)
     run = RunStore(here).create(spec)
@@ -246,13 +269,13 @@ def test_a_live_run_cannot_be_driven_twice_and_can_be_followed_and_cancelled(mac
     work = threading.Thread(target=lambda: go(spec, here, InlineExecutor(), run=run, stop=stop))
     work.start()
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not there.blobs.sizes(f"runs/{run.id}") and time.monotonic() < deadline:
             time.sleep(0.1)
         seen = RunStore(there).open(run.id)
         with pytest.raises(BusyError, match=run.id), seen.lock():
             pass
-        while not any(event.kind == "run-started" for event, _ in seen.follow()) and time.monotonic() < deadline:
+        while not any(event.kind == "member-progress" for event, _ in seen.follow()) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert any(event.kind == "member-progress" for event in seen.events()) and seen.status == "running"
         seen.request_stop()
@@ -270,14 +293,14 @@ def test_a_driver_that_was_taken_over_stops_and_leaves_the_record_alone(machine,
     from orchestrator import cluster_record
 
     monkeypatch.setattr(cluster_record, "PUSH_S", 0.3)
-    stages = {"s": {"kind": "sleepy", "config": {"steps": 2000, "step_s": 0.02, "checkpoint_every": 5}}}
+    stages = {"s": {"kind": "sleepy", "config": {"steps": 10_000, "step_s": 0.02, "checkpoint_every": 5}}}
     here, there = machine("a"), machine("b")
     spec, stop = pipeline(stages), threading.Event()
     run = RunStore(here).create(spec)
     work = threading.Thread(target=lambda: go(spec, here, InlineExecutor(), run=run, stop=stop))
     work.start()
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not there.blobs.sizes(f"runs/{run.id}") and time.monotonic() < deadline:
             time.sleep(0.1)
         there.blobs.write(f"claims/run-{run.id}.json", b'{"holder":"other-12345678-1-aa"}')
@@ -309,7 +332,7 @@ def test_gc_frees_what_no_run_uses(machine):
 
 
 def test_an_outage_is_waited_for_and_then_told(server, url, tmp_path, monkeypatch):
-    monkeypatch.setenv("MOEPIPE_STORE_PATIENCE_S", "5")
+    monkeypatch.setenv("MOEPIPE_STORE_PATIENCE_S", "60")
     store = Store.open(url, tmp_path / "x")
     made = store.commit(fill(store, a="1"), "number", {}, KEY)
     real, calls = store.blobs.fs.cat_file, []

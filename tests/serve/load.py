@@ -1,8 +1,9 @@
 """An open-loop load generator: requests leave when their time has come, whatever became of those before.
 
 A process of its own (``python -m tests.serve.load``), so that it does not slow down who asks it: a plan as JSON on
-stdin, one line per request on stdout. Latency counts from the moment a request was due, so a generator or a server
-that falls behind cannot hide it (coordinated omission).
+stdin, one line per request on stdout. Latency counts from the moment a request was due, so a server that falls behind
+cannot hide it (coordinated omission). Where the generator itself was held up by the machine, requests that it could not
+send in time are left out: all at once they would be another load.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
+LATE = 0.1  # seconds after which a request is left out
 BROKEN = 0  # in place of a status: the connection was refused, reset, or closed before the answer
 
 
@@ -195,6 +197,8 @@ class _Load:
         for at, kind, number in sorted(due):
             if (left := at - (time.perf_counter() - self.begin)) > 0:
                 await asyncio.sleep(left)
+            elif left < -LATE:
+                continue
             tasks.add(asyncio.create_task(self.one(kind, number, at)))
             if number % 50 == 0:
                 await asyncio.sleep(0)  # also when behind: answers have to be read

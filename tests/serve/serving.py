@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +13,9 @@ import psutil
 
 from serve.client import Client
 from tests.chaos.killer import Family
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Serving:
@@ -108,6 +102,11 @@ class Serving:
     def memory(self) -> int:
         """Resident bytes of all replicas."""
         return sum(process.memory_info().rss for name in ("inference", "adaptation") for process in self.replicas(name))
+
+    def busy(self) -> float:
+        """Processor seconds that all replicas have used."""
+        names = ("inference", "adaptation")
+        return sum(sum(process.cpu_times()[:2]) for name in names for process in self.replicas(name))
 
     def tail(self) -> str:
         """What the server said last."""

@@ -28,7 +28,7 @@ def client(tmp_path):
 
 def finished(client, job):
     """The job's last status."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while True:
         status = client.get(f"/v1/jobs/{job}").json()
         assert 0 <= status["done"] <= status["total"]
@@ -203,13 +203,14 @@ def test_states_survive_a_restart_and_are_shared(tmp_path):
 def test_overload_is_refused_and_recovers(tmp_path, monkeypatch):
     import threading
 
-    batch = BatchLimits(rows=1, queue_rows=2)
+    batch = BatchLimits(rows=1, queue_rows=2, timeout=300)
     with client_for(tmp_path, batch=batch) as client:
-        backend, gate = client.app.state.backend, threading.Event()
+        backend, gate, begun = client.app.state.backend, threading.Event(), threading.Event()
         compute = backend._batcher.compute
 
         def slow(images, states):
-            assert gate.wait(20)
+            begun.set()
+            assert gate.wait(120)
             return compute(images, states)
 
         backend._batcher.compute = slow
@@ -222,14 +223,16 @@ def test_overload_is_refused_and_recovers(tmp_path, monkeypatch):
                 refused(answer, 429, "overloaded")
 
         threads = [threading.Thread(target=ask) for _ in range(12)]
-        for thread in threads:
+        threads[0].start()
+        assert begun.wait(60)  # otherwise all might come before it leaves the queue, where there is room for two
+        for thread in threads[1:]:
             thread.start()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while statuses.count(429) < 9 and time.monotonic() < deadline:
             time.sleep(0.01)
         gate.set()
         for thread in threads:
-            thread.join(30)
+            thread.join(60)
         assert sorted(set(statuses)) == [200, 429]
         assert (statuses.count(200), statuses.count(429)) == (3, 9)
         ask()

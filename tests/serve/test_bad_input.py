@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from contextlib import suppress
 
 import httpx
 import numpy as np
-import psutil
 import pytest
 
 from serve.http.auth import Tokens
 from serve.http.limits import Limits
-from tests.serve.http_support import CLASSES, SIDE, adapt, files, npy, pixels, png, refused, server_at
+from tests.serve.http_support import (
+    CLASSES,
+    SIDE,
+    adapt,
+    check_memory_stays_flat,
+    files,
+    npy,
+    pixels,
+    png,
+    refused,
+    server_at,
+)
 from tests.serve.test_limits import CASES, FORM, NPY, SMALL, bomb, one_file
 
 ANNA, BERT = "a" * 20, "b" * 20
@@ -147,6 +158,10 @@ def test_deletion_while_everybody_asks(tmp_path):
         threads = [threading.Thread(target=ask) for _ in range(4)]
         for thread in threads:
             thread.start()
+        deadline = time.monotonic() + 60
+        while 200 not in statuses:  # later the state may be gone whenever somebody asks
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         for _ in range(5):
             assert client.delete("/v1/states/park").status_code == 204
             refused(client.delete("/v1/states/park"), 404, "not-found")
@@ -164,7 +179,6 @@ def test_memory_stays_flat_under_ten_thousand_images_and_oversize_bodies(tmp_pat
     stack = npy(np.zeros((10_000, SIDE, SIDE), np.uint8))
     limits = Limits(max_body_bytes=32 << 20)
     oversize = bytes(33 << 20)
-    own = psutil.Process()
     with server_at(tmp_path, limits=limits) as (port, _), client_of(port) as client:
 
         def attack():
@@ -177,10 +191,7 @@ def test_memory_stays_flat_under_ten_thousand_images_and_oversize_bodies(tmp_pat
 
         for _ in range(3):
             attack()
-        before = own.memory_info().rss
-        for _ in range(8):
-            attack()
-        assert own.memory_info().rss - before < 40 << 20
+        check_memory_stays_flat(attack, 8)
         assert client.get("/v2/health/ready").status_code == 200
 
 
@@ -192,7 +203,7 @@ def test_senders_that_go_away_or_speak_something_else(tmp_path):
         for data in (head + b"abc", head[:40], b""):
             with socket.create_connection(("127.0.0.1", port)) as found:
                 found.sendall(data)
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as found:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as found:
             found.sendall(b"\x16\x03\x01 hello, is this TLS?\r\n\r\n")
             answer = found.makefile("rb").read()
         assert answer.startswith(b"HTTP/1.1 400") and b'"bad-request"' in answer

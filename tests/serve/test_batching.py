@@ -33,7 +33,7 @@ class Gate:
 
     def __call__(self, images, states):
         self.begun.set()
-        assert self.open.wait(10)
+        assert self.open.wait(60)
         self.batches.append(images.shape[0])
         return sums(images, states)
 
@@ -41,7 +41,7 @@ class Gate:
 async def held(gate, batcher):
     """One request that computes, so that the next ones wait."""
     first = asyncio.create_task(batcher.submit(rows(100), [None]))
-    await asyncio.to_thread(gate.begun.wait, 10)
+    assert await asyncio.to_thread(gate.begun.wait, 60)
     return first
 
 
@@ -174,8 +174,9 @@ def test_who_waits_too_long_is_told_to_come_back():
     gate = Gate()
 
     async def main():
-        batcher = Batcher(gate, BatchLimits(rows=1, timeout=0.02))
+        batcher = Batcher(gate, BatchLimits(rows=1))
         first = await held(gate, batcher)
+        batcher.limits = BatchLimits(rows=1, timeout=0.02)  # the first must not be late, however slow its start
         late = asyncio.create_task(batcher.submit(rows(5), [None]))
         await asyncio.sleep(0.05)
         gate.open.set()
@@ -224,4 +225,4 @@ def test_a_batcher_outlives_the_loop_it_was_used_in():
     batcher = Batcher(sums)
     for value in (3, 4):
         assert float(asyncio.run(batcher.submit(rows(value), [None]))) == value
-    asyncio.run(asyncio.wait_for(batcher.close(), 5))
+    asyncio.run(asyncio.wait_for(batcher.close(), 60))

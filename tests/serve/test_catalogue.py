@@ -346,15 +346,17 @@ def test_many_threads_one_file_read(catalogue):
     assert len(reads) == 1 and len({id(one) for one in found}) == 1
 
 
-def _publish_many(folder, first):
+def _publish_many(folder, first, seen_one):
     states = Catalogue(folder)
     for seed in range(first, first + 6):
         states.publish("t", "hall", delta(seed), FACTS)
+        assert seen_one.wait(60)  # while they write, the reader has read at least once
 
 
 def test_processes_take_turns_and_readers_see_whole_states(tmp_path):
     context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_publish_many, args=(tmp_path, 100 * n)) for n in (1, 2)]
+    seen_one = context.Event()
+    writers = [context.Process(target=_publish_many, args=(tmp_path, 100 * n, seen_one)) for n in (1, 2)]
     reader = Catalogue(tmp_path, resident_bytes=8_000, keep_versions=100)
     known = {delta(100 * n + k).digest for n in (1, 2) for k in range(6)}
     for writer in writers:
@@ -371,6 +373,7 @@ def test_processes_take_turns_and_readers_see_whole_states(tmp_path):
         except NotFoundError:
             continue  # eight versions later it may be gone
         seen.add(record.version)
+        seen_one.set()
         assert record.digest in known
     for writer in writers:
         writer.join()

