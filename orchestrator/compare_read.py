@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from moe.errors import NotFoundError, SpecError, nearest
-from orchestrator.runs import Run, RunStore
+from orchestrator.runs import LATEST, Run, RunStore
 from orchestrator.store import Store
 from orchestrator.tracking_state import parse_node
 
-LAST = ("last", "latest")
 _LAST_EVENT = 1 << 16
 _MADE_UP = re.compile(r"(.+)-\d{8}-\d{6}-[0-9a-f]{4}")
 _REFERENCE = re.compile(r"\$\{stages\.([A-Za-z][A-Za-z0-9_-]*)")
@@ -142,14 +141,14 @@ def choose(store: Store, names: Sequence[str], last: int | None, pipeline: str |
 
 
 def _matching(name: str, runs: Mapping[str, Run]) -> list[Run]:
-    if name in LAST:
+    if name in LATEST:
         return [next(iter(runs.values()))]
     if name in runs:
         return [runs[name]]
     pattern = any(letter in name for letter in "*?[")
     found = [run for run_id, run in runs.items() if (fnmatchcase(run_id, name) if pattern else run_id.startswith(name))]
     if not found:
-        raise NotFoundError(f"There is no run {name!r}.", nearest(name, [*list(runs)[:20], *LAST]))
+        raise NotFoundError(f"There is no run {name!r}.", nearest(name, [*list(runs)[:20], *LATEST]))
     if len(found) > 1 and not pattern:
         some = ", ".join(run.id for run in found[:5])
         raise NotFoundError(f"{name!r} could be {len(found)} runs: {some}.", f"Write more of it, or '{name}*' for all.")

@@ -31,6 +31,7 @@ from orchestrator.store import Store
 
 Status = Literal["running", "finished", "failed", "interrupted", "lost"]
 ENDED = ("finished", "failed", "interrupted")
+LATEST = ("latest", "last")  # names of the newest run
 HEARTBEAT_S = 5.0
 
 
@@ -262,13 +263,13 @@ class RunStore:
         return run
 
     def open(self, name: str) -> Run:
-        """The run with this id, or the one whose id begins so; ``latest`` is the newest.
+        """The run with this id, or the one whose id begins so; ``latest`` (or ``last``) is the newest.
 
         Raises:
             NotFoundError: there is none, or several begin so.
         """
         ids = [run.id for run in self.list()]
-        if name == "latest" and ids:
+        if name in LATEST and ids:
             return self._run(ids[0])
         if name in ids:
             return self._run(name)

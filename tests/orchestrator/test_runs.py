@@ -48,7 +48,7 @@ def test_a_run_has_everything_to_resume_it(runs):
     run = runs.create(SPEC, options={"on": "inline"})
     assert run.spec() == SPEC and run.info["options"] == {"on": "inline"} and run.origin is None
     assert json.loads((run.path / "environment.json").read_text())["packages"]["ray"]
-    assert runs.open(run.id).id == runs.open("latest").id == runs.open(run.id[:-2]).id == run.id
+    assert {runs.open(name).id for name in (run.id, run.id[:-2], "latest", "last")} == {run.id}
     with pytest.raises(NotFoundError, match="no run 'nope'"):
         runs.open("nope")
 
