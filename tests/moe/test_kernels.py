@@ -152,7 +152,8 @@ def test_frozen_weights_get_no_gradient_and_cost_none(kernel):
     for t in parts:
         t.requires_grad_(False)
     y = expert_ffn(x, [2, 0, 3], *parts, kernel=kernel)
-    torch.testing.assert_close(gradients(y, [x])[0], gradients(reference(x, [2, 0, 3], *parts), [x])[0])
+    ours, theirs = gradients(y, [x])[0], gradients(reference(x, [2, 0, 3], *parts), [x])[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * largest(theirs))  # sums in another order
     x.requires_grad_(False)
     assert not expert_ffn(x, [2, 0, 3], *parts, kernel=kernel).requires_grad
     parts[3].requires_grad_()

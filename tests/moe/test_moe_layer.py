@@ -183,7 +183,7 @@ class Lockstep:
     """All-to-all between threads, for forward passes."""
 
     def __init__(self, world):
-        self.barrier, self.boxes, self.world = threading.Barrier(world, timeout=30), {}, world
+        self.barrier, self.boxes, self.world = threading.Barrier(world, timeout=120), {}, world
 
     def rank(self, rank):
         outer = self

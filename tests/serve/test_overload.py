@@ -117,14 +117,17 @@ def told(outcome: Outcome, name: str, seconds: float) -> str:
 
 
 def meanwhile(outcome: Outcome, share: float = 0.99) -> float:
-    """How many others were answered between the sending of an accepted request and its answer.
+    """How many others were accepted and answered while an accepted request waited in the server's queue.
 
-    From the sending, not from when it was due: a generator that is late on shared cores is not the server's queue.
+    From when somebody who was sent later had an answer, mostly a refusal, which comes at once: a server that the
+    machine holds up finds many requests in its sockets, and those are not in its queue.
     """
-    ends = np.sort([shot.due + shot.seconds for shot in outcome.accepted])
-    begun = np.array([shot.sent for shot in outcome.accepted])
-    until = np.array([shot.due + shot.seconds for shot in outcome.accepted])
-    return float(np.quantile(np.searchsorted(ends, until) - np.searchsorted(ends, begun), share))
+    shots = sorted(outcome.shots, key=lambda shot: shot.sent)
+    until = np.array([shot.due + shot.seconds for shot in shots])
+    begun = np.minimum.accumulate(until[::-1])[::-1]
+    taken = np.array([shot.status == 200 for shot in shots])
+    ends = np.sort(until[taken])
+    return float(np.quantile(np.searchsorted(ends, until[taken]) - np.searchsorted(ends, begun[taken]), share))
 
 
 def slowest(outcome: Outcome, window: int = 20) -> float:

@@ -117,7 +117,7 @@ def test_the_policy_is_sent_and_has_teeth(browser, server):
         " document.body.append(script); })()"
     )
     assert page.run("window.broken === undefined")
-    assert any("Content Security Policy" in text for text in page.errors)
+    wait_for(lambda: any("Content Security Policy" in text for text in page.errors))
     page.close()
 
 
@@ -313,9 +313,9 @@ def test_a_state_is_exported_as_the_server_gives_it(page, server, browser, pictu
     page.click(button("export", name))
     page.until(f"document.querySelector('#live').textContent.includes('{name}.1.safetensors saved')")
     path = tmp_path / f"{name}.1.safetensors"
-    wait_for(path.exists)
     with urllib.request.urlopen(f"{server.address}v1/states/{name}/export") as response:
-        assert path.read_bytes() == response.read()
+        whole = response.read()
+    wait_for(lambda: path.exists() and path.read_bytes() == whole)
 
 
 def test_an_existing_state_is_compared_on_new_images(page, pictures):

@@ -90,9 +90,9 @@ class Browser:
         message = {"id": number, "method": method, "params": params, **({"sessionId": session} if session else {})}
         os.write(self._write, json.dumps(message).encode() + b"\0")
         try:
-            told = answer.get(timeout=60)
+            told = answer.get(timeout=120)
         except queue.Empty:
-            raise BrowserError(f"{method} was not answered within 60 s.") from None
+            raise BrowserError(f"{method} was not answered within 120 s.") from None
         if "error" in told:
             raise BrowserError(f"{method}: {told['error']}")
         return told["result"]

@@ -228,7 +228,7 @@ def main(folder: Path) -> None:
     os.replace(aside, folder / f"{'pair' if world_size > 1 else 'single'}-{rank}.json")
 
 
-def wait_for(path: Path, seconds: float = 150.0) -> None:
+def wait_for(path: Path, seconds: float = 600.0) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
         if time.monotonic() > deadline:

@@ -14,6 +14,8 @@ from workers.engines import deepspeed as engine_module
 from workers.engines.base import EngineState, OptimizerOptions, ParamGroup, build_optimizer, weighted
 from workers.engines.torch import TorchEngine
 
+pytestmark = pytest.mark.timeout(900)  # three processes import deepspeed and train
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, dict[str, dict]]:
@@ -21,7 +23,7 @@ def results(tmp_path_factory) -> dict[str, dict[str, dict]]:
     folder = tmp_path_factory.mktemp("engines")
     # A compiler that does not exist: nothing may be compiled.
     forbidden = {"CXX": "/nonexistent", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
-    run_together("tests.workers.engine_cases", folder, [{}, *pair_environments()], timeout=280, **forbidden)
+    run_together("tests.workers.engine_cases", folder, [{}, *pair_environments()], timeout=800, **forbidden)
     assert not list(folder.glob("extensions/**/*.so"))
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in ("single-0", "pair-0", "pair-1")}
 

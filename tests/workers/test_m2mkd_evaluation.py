@@ -28,7 +28,7 @@ from workers.m2mkd_files import read_network
 from workers.m2mkd_images import eval_reader
 from workers.m2mkd_settings import FewShot
 from workers.m2mkd_train import train_member
-from workers.modelfile import MODEL_FILE, load_tensors
+from workers.modelfile import MODEL_FILE, load_tensors, save_tensors
 
 toy.register()
 QUIET = replace(RUN, epochs=0)
@@ -192,7 +192,12 @@ def test_few_shot_episodes_of_a_circuit_train_its_classifier_alone(data, tmp_pat
 
 
 def test_official_evaluation_is_noisy_and_leaves_a_vits_last_batch_out(data, tmp_path):
-    circuit, vmoe = trained(tmp_path / "a", data, LEARNS), trained(tmp_path / "v", data, METHOD)
+    learned, vmoe = trained(tmp_path / "a", data, LEARNS), trained(tmp_path / "v", data, METHOD)
+    # So much noise that it changes many predictions: one image more or less is a matter of rounding.
+    circuit = replace(learned, path=tmp_path / "loud")
+    state = load_tensors(learned.path / MODEL_FILE)
+    logvar = "latent_graphs.0.latent_seeder.code_to_state_logvar.bias"
+    save_tensors(circuit.path / MODEL_FILE, {**state, logvar: state[logvar] + 8})
 
     def scores(name: str, method: dict[str, Any], model: Input, **more: Any) -> dict[str, float]:
         desk = Desk(tmp_path / name, data=data, models=model)
@@ -203,7 +208,7 @@ def test_official_evaluation_is_noisy_and_leaves_a_vits_last_batch_out(data, tmp
 
     quiet = scores("quiet", CIRCUIT, circuit)
     one, eight = (scores(f"d{n}", CIRCUIT, circuit, parity="official", draws=n) for n in (1, 8))
-    assert len({quiet["accuracy"], one["accuracy"], eight["accuracy"]}) > 1
+    assert max(one["accuracy"], eight["accuracy"]) < quiet["accuracy"] - 0.2
     assert eight == scores("again", CIRCUIT, circuit, parity="official", draws=8)
     whole, cut = (scores(p, METHOD, vmoe, parity=p) for p in ("fixed", "official"))
     for found in (whole, cut):  # one batch of 64 of the 96 rows

@@ -13,6 +13,7 @@ from moe.router_spec import RouterSpec
 from tests.support.ranks import pair_environments, run_together
 from workers.engines.parallel_layer import layer_names, share_of
 
+pytestmark = pytest.mark.timeout(900)  # three processes import deepspeed and train
 RULES = ("linear k1", "linear k2", "gmoe", "capacity k2")
 
 
@@ -21,7 +22,7 @@ def results(tmp_path_factory):
     """One process alone and one pair, started together."""
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("parallel")
-    run_together("tests.workers.parallel_layer_cases", folder, [{}, *pair_environments()], timeout=200)
+    run_together("tests.workers.parallel_layer_cases", folder, [{}, *pair_environments()], timeout=800)
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")}
 
 
