@@ -107,7 +107,7 @@ def whole_work(what: str, pairs: TeachingPairs, images: Tensor, target: Tensor, 
 def side_by_side(quick: bool) -> Row:
     """Modules as members on Ray, one core each, against the same members one after the other."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    epochs, modules = (1, 2) if quick else (36, 2 * cores)
+    epochs, modules = (1, 2) if quick else (80, 2 * cores)
     with tempfile.TemporaryDirectory() as folder:
         store, root = Store.open(str(Path(folder) / "store")), Path(folder) / "data"
         base = _pipeline(modules, epochs, seed=0)
